@@ -1,0 +1,125 @@
+"""Chunks (text) and chunk caches (token ids, keys, values), and the key that identifies a cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvlink_rag.errors import InputError
+
+FORMAT_VERSION = 1
+"""Version of the chunk cache's meaning and layout; part of every key."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One retrievable text, as the model sees it.
+
+    Args:
+        text: the passage. Strings that look like special tokens stay text.
+        id: who refers to the cache (a row of an index, a node, a file's part). Caches are released
+            by this id; without one the text itself is the id.
+        title: shown to the model before the text (see :func:`kvlink_rag.prompt.render_chunk`).
+        metadata: carried along, never shown to the model, never part of the cache's key.
+    """
+
+    text: str
+    id: str | None = None
+    title: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def document_id(self) -> str:
+        """The id under which a store remembers this chunk's reference to its cache."""
+        if self.id is not None:
+            return self.id
+        text = f"{self.title or ''}\0{self.text}"
+        return "text-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class ScoredChunk(Chunk):
+    """A chunk found by a search; ``score`` is the cosine similarity to the question."""
+
+    score: float = 0.0
+
+
+def as_chunks(chunks: Iterable[str | Chunk]) -> list[Chunk]:
+    """Strings and chunks as a list of chunks.
+
+    Raises:
+        InputError: a single string instead of a list, an item of another type, or an empty text.
+    """
+    if isinstance(chunks, (str, Chunk)):
+        raise InputError("chunks must be a list of texts, not one text: pass [text]")
+    result = []
+    for place, item in enumerate(chunks):
+        chunk = Chunk(item) if isinstance(item, str) else item
+        if not isinstance(chunk, Chunk):
+            raise InputError(
+                f"chunk {place} is a {type(item).__name__}: chunks are str or kvlink_rag.Chunk"
+            )
+        if not isinstance(chunk.text, str):
+            raise InputError(f"chunk {place}: text is a {type(chunk.text).__name__}, not a str")
+        if not chunk.text.strip():
+            raise InputError(f"chunk {place} (id {chunk.id!r}) has no text: leave empty chunks out")
+        result.append(chunk)
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkKV:
+    """The KV cache of one chunk.
+
+    Args:
+        token_ids: the chunk's tokens, without what it was encoded behind.
+        behind: tokens it was encoded behind, whose own keys are not part of the cache; empty when
+            it was encoded alone.
+        fingerprint: identity of the model that made it (:mod:`kvlink_rag.architecture`).
+        keys: ``[layers, kv_heads, tokens, head_dim]``, position-free: the rotary embedding is
+            taken off (a yarn attention factor stays in).
+        values: ``[layers, kv_heads, tokens, value_dim]``.
+    """
+
+    token_ids: tuple[int, ...]
+    behind: tuple[int, ...]
+    fingerprint: str
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def key(self) -> str:
+        """The key under which a store keeps it."""
+        return chunk_key(self.fingerprint, self.behind, self.token_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def is_for(self, fingerprint: str, behind: Sequence[int], token_ids: Sequence[int]) -> bool:
+        """Whether this is the cache of exactly these tokens by exactly this model.
+
+        A digest alone is never trusted: readers ask this before they use a cache.
+        """
+        return (
+            self.fingerprint == fingerprint
+            and self.behind == tuple(behind)
+            and self.token_ids == tuple(token_ids)
+            and self.keys.shape[2] == self.values.shape[2] == len(self.token_ids)
+        )
+
+
+def chunk_key(fingerprint: str, behind: Sequence[int], token_ids: Sequence[int]) -> str:
+    """SHA-256 (64 hex digits) over the format, the model, what a chunk is behind, and its tokens."""
+    parts = (
+        f"kvlink-rag {FORMAT_VERSION}",
+        fingerprint,
+        ",".join(map(str, behind)),
+        ",".join(map(str, token_ids)),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

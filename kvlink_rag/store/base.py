@@ -1,0 +1,80 @@
+"""What every store of chunk caches can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from kvlink_rag.chunk import ChunkKV
+
+
+@dataclass(frozen=True)
+class StoreStat:
+    """Size of a store: entries, tokens, bytes of files, documents that refer to entries."""
+
+    entries: int
+    tokens: int
+    nbytes: int
+    documents: int
+    unreferenced: int
+
+
+@dataclass
+class StoreCheck:
+    """What :meth:`KVStore.verify` found, or what :meth:`KVStore.prune` removed, by key or path."""
+
+    checked: int = 0
+    corrupt: list[str] = field(default_factory=list)
+    """Files whose checksum, header or name does not hold."""
+    orphans: list[str] = field(default_factory=list)
+    """Files that the catalog does not know (left by a killed process), temporary files included."""
+    missing: list[str] = field(default_factory=list)
+    """Catalog entries whose file is gone."""
+    unreferenced: list[str] = field(default_factory=list)
+    """Entries no document refers to (kept until pruned: they cost only disk)."""
+
+    @property
+    def clean(self) -> bool:
+        """No corrupt file, no orphan, no missing file."""
+        return not (self.corrupt or self.orphans or self.missing)
+
+
+@runtime_checkable
+class KVStore(Protocol):
+    """A place for chunk caches. Safe to use from several threads."""
+
+    def get(self, key: str) -> ChunkKV | None:
+        """The cache under ``key``, checksum verified; None when absent or (after a warning) corrupt."""
+
+    def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
+        """Store under ``record.key``, wholly or not at all, and let ``documents`` refer to it.
+
+        Raises:
+            StoreError: it could not be written.
+        """
+
+    def has(self, key: str) -> bool:
+        """Whether ``get`` would find an entry, without reading it."""
+
+    def refer(self, references: Iterable[tuple[str, str]]) -> None:
+        """Let documents refer to entries: pairs ``(document id, key)``; known pairs are ignored."""
+
+    def release(self, documents: Iterable[str]) -> int:
+        """Drop all references of these documents and every entry left without any.
+
+        Returns:
+            the number of entries removed.
+        """
+
+    def stat(self) -> StoreStat:
+        """Counts and sizes, from the catalog."""
+
+    def verify(self) -> StoreCheck:
+        """Check everything that is stored; changes nothing."""
+
+    def prune(self) -> StoreCheck:
+        """Remove what ``verify`` would report: corrupt, orphaned, missing and unreferenced entries."""
+
+    def close(self) -> None:
+        """Flush and let go of files; the store can not be used afterwards."""
