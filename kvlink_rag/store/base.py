@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -60,8 +60,10 @@ class KVStore(Protocol):
     def refer(self, references: Iterable[tuple[str, str]]) -> None:
         """Let documents refer to entries: pairs ``(document id, key)``; known pairs are ignored."""
 
-    def release(self, documents: Iterable[str]) -> int:
-        """Drop all references of these documents and every entry left without any.
+    def release(self, documents: Iterable[str], keep: Collection[str] = ()) -> int:
+        """Drop the references of these documents, and every entry left without any.
+
+        References to the keys in ``keep`` stay: a changed document keeps its new caches.
 
         Returns:
             the number of entries removed.
