@@ -1,0 +1,222 @@
+"""The catalog of a folder store: sizes, last use, and which documents refer to an entry.
+
+It only describes the files, which carry their own identity and checksum: when it is lost or
+damaged it is made anew from them, and all that is lost is who refers to what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock
+
+from kvlink_rag.errors import KVLinkWarning
+from kvlink_rag.store.base import StoreStat
+from kvlink_rag.store.database import Damaged, Database, explained
+
+T = TypeVar("T")
+
+VERSION = 1
+SCHEMA = """
+CREATE TABLE entries (
+    key TEXT PRIMARY KEY, tokens INTEGER NOT NULL, nbytes INTEGER NOT NULL,
+    fingerprint TEXT NOT NULL, created REAL NOT NULL, last_used REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE refs (
+    document TEXT NOT NULL, key TEXT NOT NULL, PRIMARY KEY (document, key)
+) WITHOUT ROWID;
+CREATE INDEX refs_by_key ON refs (key)
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the catalog knows of a file; ``nbytes`` is the file's size, ``used`` a Unix time."""
+
+    key: str
+    tokens: int
+    nbytes: int
+    fingerprint: str
+    used: float
+
+
+class Catalog:
+    """SQLite file beside the chunk files.
+
+    Args:
+        path: the SQLite file.
+        files: lists the entries that are there as files, for a new catalog.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, files: Callable[[], Iterable[Entry]]) -> None:
+        self.path = path
+        self._files = files
+        try:
+            self._database = self._open()
+        except Damaged as damage:
+            self._rebuild(damage)
+
+    @property
+    def readonly(self) -> bool:
+        """Whether nothing can be written."""
+        return self._database.readonly
+
+    def read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a function on one consistent view of the catalog."""
+        return self._run(operation, lambda: self._database.reading())
+
+    def write(self, operation: Callable[[sqlite3.Connection], T], wait: bool = True) -> T:
+        """Run a function as the only writer among all processes; its errors roll it back.
+
+        A damaged catalog is made anew and the function is run again.
+        """
+        return self._run(operation, lambda: self._database.writing(wait))
+
+    def sound(self) -> bool:
+        """Whether the file is an undamaged database."""
+        return self._database.sound()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._database.close()
+
+    def rebuild(self) -> None:
+        """Make a damaged catalog anew from the files, with a warning."""
+        self._rebuild(Damaged(f"{self.path} is damaged"))
+
+    def _run(
+        self,
+        operation: Callable[[sqlite3.Connection], T],
+        transaction: Callable[[], contextlib.AbstractContextManager[sqlite3.Connection]],
+    ) -> T:
+        try:
+            with transaction() as tx:
+                return operation(tx)
+        except Damaged as damage:
+            self._rebuild(damage)
+        with transaction() as tx:
+            return operation(tx)
+
+    def _open(self) -> Database:
+        return Database(self.path, SCHEMA, VERSION, fill=self._fill)
+
+    def _fill(self, tx: sqlite3.Connection) -> None:
+        count = 0
+        for entry in self._files():
+            add(tx, entry)
+            count += 1
+        if count:
+            warnings.warn(
+                f"the catalog {self.path} was lost: made anew from {count} files; "
+                "which documents refer to them is not known any more",
+                KVLinkWarning,
+                stacklevel=2,
+            )
+
+    def _rebuild(self, damage: Damaged) -> None:
+        with explained("repair", self.path), FileLock(f"{self.path}.lock", mode=0o600):
+            with contextlib.suppress(AttributeError):  # not there when opening failed
+                self._database.close()
+            with contextlib.suppress(Damaged):
+                self._database = self._open()
+                if self._database.sound():
+                    return  # another process has repaired it meanwhile
+                self._database.close()
+            if not os.access(self.path.parent, os.W_OK):
+                raise damage  # read-only: nothing can be repaired here
+            os.replace(self.path, f"{self.path}.damaged")
+            for suffix in ("-wal", "-shm"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+            self._database = self._open()
+
+
+# What can be done inside a transaction.
+
+
+def add(tx: sqlite3.Connection, entry: Entry, documents: Iterable[str] = ()) -> None:
+    """Insert or replace an entry and let documents refer to it."""
+    tx.execute(
+        "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
+        "tokens = excluded.tokens, nbytes = excluded.nbytes, fingerprint = excluded.fingerprint, "
+        "last_used = max(last_used, excluded.last_used)",
+        (entry.key, entry.tokens, entry.nbytes, entry.fingerprint, time.time(), entry.used),
+    )
+    refer(tx, ((document, entry.key) for document in documents))
+
+
+def refer(tx: sqlite3.Connection, references: Iterable[tuple[str, str]]) -> None:
+    """Insert references ``(document, key)``; a key may lack its entry (a miss to be stored)."""
+    tx.executemany("INSERT OR IGNORE INTO refs VALUES (?, ?)", references)
+
+
+def drop(tx: sqlite3.Connection, key: str) -> None:
+    """Forget an entry. Its references stay: they hold again when the cache is stored again."""
+    tx.execute("DELETE FROM entries WHERE key = ?", (key,))
+
+
+def knows(tx: sqlite3.Connection, key: str) -> bool:
+    """Whether there is such an entry."""
+    return tx.execute("SELECT 1 FROM entries WHERE key = ?", (key,)).fetchone() is not None
+
+
+def referred(tx: sqlite3.Connection, key: str) -> bool:
+    """Whether any document refers to this key."""
+    return tx.execute("SELECT 1 FROM refs WHERE key = ? LIMIT 1", (key,)).fetchone() is not None
+
+
+def touch(tx: sqlite3.Connection, entry: Entry) -> bool:
+    """Note the last use; False when there is no such entry."""
+    cursor = tx.execute(
+        "UPDATE entries SET last_used = max(last_used, ?) WHERE key = ?", (entry.used, entry.key)
+    )
+    return cursor.rowcount > 0
+
+
+def let_go(tx: sqlite3.Connection, documents: Iterable[str], keep: Collection[str]) -> set[str]:
+    """Remove the references of documents except to ``keep``; the keys left without any."""
+    freed: set[str] = set()
+    for document in documents:
+        rows = tx.execute("SELECT key FROM refs WHERE document = ?", (document,)).fetchall()
+        freed |= (keys := {row[0] for row in rows if row[0] not in keep})
+        tx.executemany(
+            "DELETE FROM refs WHERE document = ? AND key = ?", [(document, key) for key in keys]
+        )
+    return {key for key in freed if not referred(tx, key)}
+
+
+def keys(tx: sqlite3.Connection) -> set[str]:
+    """The keys of all entries."""
+    return {row[0] for row in tx.execute("SELECT key FROM entries")}
+
+
+def references(tx: sqlite3.Connection) -> Iterator[tuple[str, str]]:
+    """All pairs ``(document, key)``."""
+    yield from tx.execute("SELECT document, key FROM refs")
+
+
+def unreferenced(tx: sqlite3.Connection) -> set[str]:
+    """The keys of entries that no document refers to."""
+    query = (
+        "SELECT key FROM entries WHERE NOT EXISTS (SELECT 1 FROM refs WHERE refs.key = entries.key)"
+    )
+    return {row[0] for row in tx.execute(query)}
+
+
+def stat(tx: sqlite3.Connection) -> StoreStat:
+    """Counts and sizes."""
+    entries, tokens, nbytes = tx.execute(
+        "SELECT count(*), coalesce(sum(tokens), 0), coalesce(sum(nbytes), 0) FROM entries"
+    ).fetchone()
+    documents = tx.execute("SELECT count(DISTINCT document) FROM refs").fetchone()[0]
+    return StoreStat(entries, tokens, nbytes, documents, len(unreferenced(tx)))

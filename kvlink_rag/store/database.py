@@ -1,0 +1,230 @@
+"""One SQLite file, used from several threads (one connection, one lock) and several processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvlink_rag.errors import StoreError
+
+BUSY_TIMEOUT_S = 30.0
+
+
+class Damaged(StoreError):
+    """A file is no SQLite database any more, or its pages do not fit together."""
+
+
+@contextmanager
+def explained(doing: str, path: Path) -> Iterator[None]:
+    """Turn errors of the operating system and of SQLite into a StoreError.
+
+    It names the path, the cause and the remedy.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise StoreError(f"cannot {doing} {path}: {cause}; {_remedy(error)}") from error
+
+
+def _remedy(error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "full" in text:
+        return "free some space there, or use a folder on another disk"
+    if number == errno.EROFS or "readonly" in text:
+        return "it is read-only: make it writable, or use another folder"
+    if number in (errno.EACCES, errno.EPERM):
+        return "give this user the permission, or use another folder"
+    if "locked" in text:
+        return "another process is writing to it for long: wait until it is done"
+    return "check that it is a folder on a working disk that this user can write to"
+
+
+class Database:
+    """A SQLite file in WAL mode with one schema.
+
+    A folder that cannot be written to is opened for reading only (``readonly``).
+
+    Args:
+        path: the file; made with mode 0600 when it is not there.
+        schema: statements that make the tables of a new file.
+        version: kept as ``user_version``; a file with another one is refused.
+        fill: called in the transaction that makes the tables, to fill them.
+
+    Raises:
+        StoreError: it cannot be opened, or another (version of the) program made it.
+        Damaged: its contents are no database.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        schema: str,
+        version: int,
+        fill: Callable[[sqlite3.Connection], None] | None = None,
+    ) -> None:
+        self.path = path
+        self.readonly = not os.access(path.parent, os.W_OK) or (
+            path.exists() and not os.access(path, os.W_OK)
+        )
+        self._lock = threading.RLock()
+        self._inherited: sqlite3.Connection | None = None
+        self._pid = os.getpid()
+        self._connection: sqlite3.Connection | None = None
+        try:
+            with explained("open", path), _damage(path):
+                self._connection = self._connect()
+                self._prepare(schema, version, fill)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """One consistent view of the file."""
+        with self._lock, _damage(self.path):
+            connection = self._own()
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+
+    @contextmanager
+    def writing(self, wait: bool = True) -> Iterator[sqlite3.Connection]:
+        """The only writer among all processes, until the block ends: committed, or rolled back.
+
+        Args:
+            wait: False raises sqlite3.OperationalError at once when another process writes.
+        """
+        with self._lock, _damage(self.path):
+            connection = self._own()
+            if self.readonly:
+                raise sqlite3.OperationalError("attempt to write a readonly database")
+            _set_timeout(connection, BUSY_TIMEOUT_S if wait else 0)
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk may have ended it already
+                    connection.execute("ROLLBACK")
+                raise
+
+    def sound(self) -> bool:
+        """Whether SQLite finds the pages and the indexes of the file whole."""
+        try:
+            with self.reading() as tx:
+                return [row[0] for row in tx.execute("PRAGMA quick_check(1)")] == ["ok"]
+        except Damaged:
+            return False
+
+    def close(self) -> None:
+        """Let go of the file; closing twice is fine."""
+        with self._lock:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    def _own(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise StoreError(f"{self.path} is closed: open it again")
+        if self._pid != os.getpid():
+            # SQLite connections do not survive a fork; closing the parent's here is not safe either
+            self._inherited, self._connection = self._connection, self._connect()
+            self._pid = os.getpid()
+        return self._connection
+
+    def _connect(self) -> sqlite3.Connection:
+        if self.readonly:
+            return self._connect_readonly()
+        # made here for its mode, which SQLite hands down to the WAL
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = self._open(str(self.path))
+        try:
+            _switch_to_wal(connection)
+            # with FULL a commit survives a power failure, as the synced files beside it do
+            connection.execute("PRAGMA synchronous = FULL")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _connect_readonly(self) -> sqlite3.Connection:
+        address = self.path.absolute().as_uri()
+        connection = self._open(f"{address}?mode=ro", uri=True)
+        try:
+            connection.execute("SELECT * FROM sqlite_master").fetchone()
+            return connection
+        except sqlite3.OperationalError:
+            # WAL mode needs a file beside the database, which cannot be made here
+            connection.close()
+            return self._open(f"{address}?immutable=1", uri=True)
+
+    def _open(self, address: str, uri: bool = False) -> sqlite3.Connection:
+        return sqlite3.connect(
+            address,
+            uri=uri,
+            timeout=BUSY_TIMEOUT_S,
+            isolation_level=None,  # transactions are begun by name
+            check_same_thread=False,  # the lock does it
+        )
+
+    def _prepare(
+        self, schema: str, version: int, fill: Callable[[sqlite3.Connection], None] | None
+    ) -> None:
+        with self.reading() as tx:
+            found = int(tx.execute("PRAGMA user_version").fetchone()[0])
+        if found == 0 and not self.readonly:
+            with self.writing() as tx:  # another process may have been faster: look again
+                found = int(tx.execute("PRAGMA user_version").fetchone()[0])
+                foreign = tx.execute("SELECT name FROM sqlite_master").fetchone()
+                if found == 0 and not foreign:
+                    for statement in schema.split(";"):
+                        tx.execute(statement)
+                    if fill is not None:
+                        fill(tx)
+                    tx.execute(f"PRAGMA user_version = {version}")
+                    found = version
+        if found != version:
+            newer = " (a newer version of kvlink-rag?)" if found > version else ""
+            raise StoreError(
+                f"{self.path} has format {found}{newer}, this version reads {version}: "
+                "use the version that made it, or another folder"
+            )
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if "malformed" in str(error) or "not a database" in str(error):
+            raise Damaged(
+                f"{path} is damaged ({error}): restore it from a backup, or make it anew"
+            ) from error
+        raise
+
+
+def _set_timeout(connection: sqlite3.Connection, seconds: float) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Two processes that open a new file at once: SQLite does not wait here by itself."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

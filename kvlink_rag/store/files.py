@@ -1,0 +1,159 @@
+"""The files of a folder store: their names, and what is to be thought of each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import time
+import zlib
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+
+from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.errors import InputError
+from kvlink_rag.store.catalog import Entry
+from kvlink_rag.store.record import CorruptRecord, read_header, read_record, write_record
+
+KEY = re.compile(r"[0-9a-f]{64}")
+SUFFIX = ".safetensors"
+TEMPORARY = re.compile(r"\.writing-([0-9a-f]{8})-(\d+)-[0-9a-f]+")
+ABANDONED_S = 3600.0
+"""After this time a temporary file counts as left behind, whoever wrote it."""
+HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+"""A process id says something only about processes of this machine."""
+
+
+class State(Enum):
+    """What a file in the folder is."""
+
+    WHOLE = "a chunk cache, verified"
+    WRITING = "a temporary file of a process that is alive"
+    CORRUPT = "named as a chunk cache, but damaged or another one"
+    STRAY = "a temporary file of a dead process, or a foreign file"
+    GONE = "removed meanwhile"
+
+
+class ChunkFiles:
+    """Files ``<first 2 hex digits>/<key>.safetensors`` in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        """Where the cache under ``key`` is kept.
+
+        Raises:
+            InputError: ``key`` is not 64 hex digits.
+        """
+        if not isinstance(key, str) or not KEY.fullmatch(key):
+            raise InputError(f"{key!r} is no key of a chunk cache: keys are 64 hex digits")
+        return self.folder / key[:2] / f"{key}{SUFFIX}"
+
+    def read(self, key: str) -> ChunkKV:
+        """The verified cache under ``key``.
+
+        Raises:
+            CorruptRecord: the file is damaged or holds another chunk's cache.
+            OSError: it cannot be read, or is not there.
+        """
+        record = read_record(self.path(key))
+        if record.key != key:
+            raise CorruptRecord("it holds the cache of another chunk")
+        return record
+
+    def write(self, record: ChunkKV) -> tuple[Path, int]:
+        """Write a cache to a temporary file beside its place and sync it.
+
+        Returns:
+            the temporary file, and its bytes.
+
+        Raises:
+            OSError: nothing is left behind.
+        """
+        folder = self.path(record.key).parent
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            sync_folder(self.folder)
+        temporary = folder / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            return temporary, write_record(temporary, record)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def publish(self, temporary: Path, key: str) -> None:
+        """Give a temporary file its name, durably."""
+        path = self.path(key)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+    def remove(self, key: str) -> None:
+        """Remove the file under ``key`` if it is there."""
+        self.path(key).unlink(missing_ok=True)
+
+    def paths(self) -> Iterator[Path]:
+        """Every file in the folder, whatever it is."""
+        for folder, _, names in os.walk(self.folder):
+            yield from (Path(folder, name) for name in names)
+
+    def entries(self) -> Iterator[Entry]:
+        """What the headers of the caches say, unverified; other files are left out."""
+        for path in self.paths():
+            with contextlib.suppress(CorruptRecord, OSError):
+                key, tokens, fingerprint = read_header(path)
+                if self.key_of(path) == key:
+                    stat = path.stat()
+                    yield Entry(key, tokens, stat.st_size, fingerprint, stat.st_mtime)
+
+    def key_of(self, path: Path) -> str | None:
+        """The key of a file that is named as a chunk cache and in its place."""
+        key = path.name.removesuffix(SUFFIX)
+        return key if KEY.fullmatch(key) and path == self.path(key) else None
+
+    def state(self, path: Path) -> State:
+        """Look at a file, reading all of it.
+
+        Raises:
+            PermissionError: this user may not read it.
+        """
+        try:
+            key = self.key_of(path)
+            if key is not None:
+                self.read(key)
+                return State.WHOLE
+            writing = (match := TEMPORARY.fullmatch(path.name)) and _may_be_writing(path, match)
+            return State.WRITING if writing else State.STRAY
+        except FileNotFoundError:
+            return State.GONE
+        except PermissionError:
+            raise  # says nothing about the contents
+        except (CorruptRecord, OSError):
+            return State.CORRUPT
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names given to files in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _may_be_writing(path: Path, name: re.Match[str]) -> bool:
+    if time.time() - path.stat().st_mtime > ABANDONED_S:
+        return False
+    host, pid = name.groups()
+    try:
+        if host == HOST:
+            os.kill(int(pid), 0)  # signal 0 only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's, alive
+    return True

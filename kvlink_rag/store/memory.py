@@ -1,0 +1,121 @@
+"""Chunk caches in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+import torch
+
+from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.errors import InputError
+from kvlink_rag.store.base import StoreCheck, StoreStat
+from kvlink_rag.store.record import check_shapes
+
+
+class MemoryStore:
+    """A :class:`~kvlink_rag.store.base.KVStore` that lasts as long as the process.
+
+    Caches are kept as they are put, on their device, and given back without a copy: do not change
+    them.
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[str, ChunkKV] = {}
+        self._keys: dict[str, set[str]] = {}  # document -> keys
+        self._documents: dict[str, set[str]] = {}  # key -> documents
+        self._lock = threading.RLock()
+
+    def get(self, key: str) -> ChunkKV | None:
+        """The cache under ``key``, or None."""
+        return self._records.get(key)
+
+    def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
+        """Keep under ``record.key`` and let ``documents`` refer to it.
+
+        Raises:
+            InputError: keys and values do not fit the tokens.
+        """
+        check_shapes(record)
+        record = replace(record, keys=_own(record.keys), values=_own(record.values))
+        key = record.key
+        with self._lock:
+            self._records[key] = record
+            self.refer((document, key) for document in documents)
+
+    def has(self, key: str) -> bool:
+        """Whether there is an entry."""
+        return key in self._records
+
+    def refer(self, references: Iterable[tuple[str, str]]) -> None:
+        """Let documents refer to entries: pairs ``(document id, key)``; known pairs are ignored."""
+        with self._lock:
+            for document, key in references:
+                self._keys.setdefault(document, set()).add(key)
+                self._documents.setdefault(key, set()).add(document)
+
+    def release(self, documents: Iterable[str], keep: Collection[str] = ()) -> int:
+        """Drop the references of these documents, and every entry left without any.
+
+        References to the keys in ``keep`` stay: a changed document keeps its new caches.
+
+        Returns:
+            the number of entries removed.
+
+        Raises:
+            InputError: ``documents`` is one string.
+        """
+        if isinstance(documents, str):
+            raise InputError("documents must be a list of ids, not one id: pass [id]")
+        removed = 0
+        with self._lock:
+            for document in documents:
+                held = self._keys.pop(document, set())
+                for key in held.difference(keep):
+                    self._documents[key].discard(document)
+                    if not self._documents[key]:
+                        del self._documents[key]
+                        removed += self._records.pop(key, None) is not None
+                if kept := held.intersection(keep):
+                    self._keys[document] = kept
+        return removed
+
+    def stat(self) -> StoreStat:
+        """Counts and sizes; ``nbytes`` are those of keys and values."""
+        with self._lock:
+            records = self._records.values()
+            return StoreStat(
+                entries=len(records),
+                tokens=sum(len(record.token_ids) for record in records),
+                nbytes=sum(record.nbytes for record in records),
+                documents=len(self._keys),
+                unreferenced=len(self._records.keys() - self._documents.keys()),
+            )
+
+    def verify(self) -> StoreCheck:
+        """Entries without a document; memory has no other faults."""
+        with self._lock:
+            unreferenced = sorted(self._records.keys() - self._documents.keys())
+            return StoreCheck(checked=len(self._records), unreferenced=unreferenced)
+
+    def prune(self) -> StoreCheck:
+        """Remove the entries without a document."""
+        with self._lock:
+            check = self.verify()
+            for key in check.unreferenced:
+                del self._records[key]
+            return check
+
+    def close(self) -> None:
+        """Let go of everything."""
+        with self._lock:
+            self._records.clear()
+            self._keys.clear()
+            self._documents.clear()
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without the rest of the batch that it is a view of, which it would keep alive."""
+    tensor = tensor.detach()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -1,0 +1,158 @@
+"""One chunk cache as one safetensors file, with a checksum over everything that gives it meaning.
+
+Reading maps the file: the tensors are views of its pages (a private mapping: changing a tensor
+never changes the file), and the checksum runs over the same pages, so a cache costs one pass over
+its bytes and no copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from kvlink_rag.chunk import FORMAT_VERSION, ChunkKV
+from kvlink_rag.errors import InputError
+
+TENSORS = ("behind", "keys", "token_ids", "values")
+METADATA = ("checksum", "fingerprint", "key", "version")
+
+
+class CorruptRecord(Exception):
+    """A file is no whole chunk cache: damaged, truncated, foreign, or not what its key says."""
+
+
+def check_shapes(record: ChunkKV) -> None:
+    """Refuse a cache whose tensors do not fit its tokens.
+
+    Raises:
+        InputError: keys and values are not ``[layers, kv_heads, tokens, dim]`` of the same layers,
+            heads and tokens, or their tokens are not as many as the token ids.
+    """
+    keys, values = tuple(record.keys.shape), tuple(record.values.shape)
+    if len(keys) != 4 or len(values) != 4 or keys[:3] != values[:3]:
+        problem = "do not fit [layers, kv_heads, tokens, dim]"
+    elif keys[2] != len(record.token_ids):
+        problem = f"do not fit {len(record.token_ids)} token ids"
+    elif 0 in keys or 0 in values:
+        problem = "are empty"
+    else:
+        return
+    raise InputError(f"chunk cache: keys {list(keys)} and values {list(values)} {problem}")
+
+
+def write_record(path: Path, record: ChunkKV) -> int:
+    """Write a chunk cache to a new file of mode 0600 and sync it.
+
+    Returns:
+        bytes written.
+
+    Raises:
+        InputError: the shapes do not fit the tokens.
+        OSError: as the operating system says; the file may then be there in part.
+    """
+    check_shapes(record)
+    tensors = {
+        "behind": torch.tensor(record.behind, dtype=torch.int64),
+        "keys": record.keys.detach().cpu().contiguous(),
+        "token_ids": torch.tensor(record.token_ids, dtype=torch.int64),
+        "values": record.values.detach().cpu().contiguous(),
+    }
+    metadata = {
+        "fingerprint": record.fingerprint,
+        "key": record.key,
+        "version": str(FORMAT_VERSION),
+    }
+    data = save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)})
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb", buffering=0) as file:
+        left = memoryview(data)
+        while left:  # a raw write may take less than it is given
+            left = left[file.write(left) :]
+        os.fsync(descriptor)
+    return len(data)
+
+
+def read_record(path: Path) -> ChunkKV:
+    """Read a chunk cache and verify all of it; the tensors are views of the mapped file.
+
+    Raises:
+        CorruptRecord: with the reason, for anything that :func:`write_record` did not write.
+        OSError: the file cannot be read at all.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = _metadata(file.metadata())
+            if tuple(sorted(file.keys())) != TENSORS:
+                raise CorruptRecord(f"it has the tensors {sorted(file.keys())}")
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        # safetensors turns some errors of the operating system into its own: tell them apart
+        with open(path, "rb"):
+            raise CorruptRecord(f"it is no safetensors file: {error}") from error
+    if _checksum(metadata, tensors) != metadata["checksum"]:
+        raise CorruptRecord("its checksum does not hold")
+    return _record(metadata, tensors)
+
+
+def read_header(path: Path) -> tuple[str, int, str]:
+    """Key, number of tokens and fingerprint as the header states them; nothing is verified.
+
+    Raises:
+        CorruptRecord: there is no such header.
+        OSError: the file cannot be read at all.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = _metadata(file.metadata())
+            shape = file.get_slice("token_ids").get_shape()
+            return metadata["key"], int(shape[0]), metadata["fingerprint"]
+    except (SafetensorError, ValueError, RuntimeError, IndexError) as error:
+        with open(path, "rb"):
+            raise CorruptRecord(f"it is no safetensors file: {error}") from error
+
+
+def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    found = dict(metadata or {})
+    if tuple(sorted(found)) != METADATA:
+        raise CorruptRecord("it is no chunk cache (other metadata)")
+    if found["version"] != str(FORMAT_VERSION):
+        raise CorruptRecord(f"it has format {found['version']!r}, not {FORMAT_VERSION}")
+    return found
+
+
+def _record(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> ChunkKV:
+    for name in ("behind", "token_ids"):
+        if tensors[name].dim() != 1 or tensors[name].dtype not in (torch.int32, torch.int64):
+            raise CorruptRecord(f"{name} is no list of token ids")
+    record = ChunkKV(
+        token_ids=tuple(tensors["token_ids"].tolist()),
+        behind=tuple(tensors["behind"].tolist()),
+        fingerprint=metadata["fingerprint"],
+        keys=tensors["keys"],
+        values=tensors["values"],
+    )
+    try:
+        check_shapes(record)
+    except InputError as error:
+        raise CorruptRecord(str(error)) from error
+    if record.key != metadata["key"]:
+        raise CorruptRecord("its key is not the key of its contents")
+    return record
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """xxh3_128 (hex) over the metadata, dtypes and shapes, then the raw bytes of every tensor."""
+    digest = xxhash.xxh3_128()
+    meaning = [metadata["version"], metadata["key"], metadata["fingerprint"]]
+    meaning += [f"{name} {tensors[name].dtype} {list(tensors[name].shape)}" for name in TENSORS]
+    digest.update("\0".join(meaning).encode("utf-8", "surrogatepass"))
+    for name in TENSORS:
+        # as bytes, since numpy has no bfloat16; views all the way, nothing is copied
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
