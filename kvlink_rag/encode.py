@@ -1,0 +1,115 @@
+"""Chunks to chunk caches: forward passes over batches of chunks, with the rotation taken off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from kvlink_rag.architecture import Architecture
+from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.link import ContextCache
+from kvlink_rag.rope import shift_groups
+
+
+def plan_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+    """Indices of texts in batches of similar length, each at most ``max_batch_tokens`` padded.
+
+    A text longer than the budget gets a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    for index in order:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= max_batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+class Encoder:
+    """Makes chunk caches with one model.
+
+    Args:
+        model: a causal language model of transformers.
+        architecture: its description (:func:`kvlink_rag.architecture.inspect_model`).
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        self.model = model
+        self.architecture = architecture
+
+    def new_cache(self, capacity: int, batch: int = 1) -> ContextCache:
+        """An empty cache of this model's sizes."""
+        a = self.architecture
+        return ContextCache(
+            a.layers, a.kv_heads, a.head_dim, a.value_dim, capacity,
+            batch=batch, dtype=a.dtype, device=a.device,
+        )  # fmt: skip
+
+    def encode(
+        self,
+        texts: Sequence[Sequence[int]],
+        behind: Sequence[int] = (),
+        *,
+        max_batch_tokens: int,
+    ) -> Iterator[list[tuple[int, ChunkKV]]]:
+        """Encode texts (token ids), each behind ``behind`` and seeing nothing else.
+
+        Yields:
+            a list of (index of the text, its cache) a batch, longest texts first.
+        """
+        start = self.encode_batch([list(behind)], None) if behind else None
+        for batch in plan_batches([len(text) for text in texts], max_batch_tokens):
+            records = self.encode_batch(
+                [list(texts[i]) for i in batch], start[0] if start else None
+            )
+            yield list(zip(batch, records, strict=True))
+
+    @torch.inference_mode()
+    def encode_batch(self, texts: Sequence[Sequence[int]], behind: ChunkKV | None) -> list[ChunkKV]:
+        """One forward pass over texts of similar length, padded on the right.
+
+        Padding needs no mask: what is padded comes after every real token, and attention is causal.
+        """
+        a = self.architecture
+        behind_ids = behind.token_ids if behind else ()
+        offset, longest = len(behind_ids), max(len(text) for text in texts)
+        cache = self.new_cache(offset + longest, batch=len(texts))
+        if behind:
+            cache.place(behind, 0, a.groups)
+            cache.set_length(offset)
+        token_ids = torch.zeros((len(texts), longest), dtype=torch.long)
+        for row, text in enumerate(texts):
+            token_ids[row, : len(text)] = torch.tensor(text)
+        positions = torch.arange(offset, offset + longest, device=a.device)
+        self.model.get_decoder()(
+            input_ids=token_ids.to(a.device),
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return [self._record(cache, row, tuple(text), behind_ids) for row, text in enumerate(texts)]
+
+    def _record(
+        self, cache: ContextCache, row: int, token_ids: tuple[int, ...], behind: tuple[int, ...]
+    ) -> ChunkKV:
+        """One row's tokens behind ``behind``, copied out of the batch with the rotation off."""
+        start, stop = len(behind), len(behind) + len(token_ids)
+        positions = torch.arange(start, stop, device=cache.key_buffer.device)
+        keys = cache.key_buffer[:, row, :, start:stop]  # [layers, kv_heads, tokens, head_dim]
+        return ChunkKV(
+            token_ids=token_ids,
+            behind=behind,
+            fingerprint=self.architecture.fingerprint,
+            keys=shift_groups(
+                keys,
+                positions,
+                self.architecture.groups,
+                inverse=True,
+                out=torch.empty(keys.shape, dtype=keys.dtype, device=keys.device),
+            ),
+            values=cache.value_buffer[:, row, :, start:stop].contiguous(),
+        )

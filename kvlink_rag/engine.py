@@ -1,0 +1,600 @@
+"""The engine: index chunks once, answer questions from their linked caches."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlink_rag.architecture import Architecture, inspect_model
+from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
+from kvlink_rag.encode import Encoder
+from kvlink_rag.errors import AdapterRequiredError, InputError, KVLinkWarning, StoreError
+from kvlink_rag.forward import run_at, run_behind
+from kvlink_rag.generate import GenerateSettings, Sampler, TextStream, stop_ids
+from kvlink_rag.link import ContextCache
+from kvlink_rag.load import Source, load
+from kvlink_rag.prefill import Prefill, Segment
+from kvlink_rag.progress import bar
+from kvlink_rag.prompt import EncodeBehind, PromptLayout, PromptTemplate
+from kvlink_rag.report import IndexReport, Report, Stopwatch
+from kvlink_rag.store import KVStore, open_store
+
+Strategy = Literal["full", "reuse", "link", "recompute"]
+
+BATCH_TOKENS = {"cpu": 1536}
+"""Padded tokens in one forward pass while indexing; other devices than these take 16,384."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with the chunks it was made from and what it cost.
+
+    Attributes:
+        text: without special tokens and without a stop string.
+        token_ids: as decoded, the end token included when the model produced one.
+    """
+
+    text: str
+    token_ids: list[int]
+    report: Report
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class KVLinkEngine:
+    """A causal language model with a store of chunk caches.
+
+    Make one with :meth:`from_pretrained`. Safe to use from several threads: forward passes run one
+    at a time, everything else of an answer is its own.
+
+    Attributes:
+        model, tokenizer: the transformers objects.
+        store: where chunk caches are kept.
+        name: what the model was named by.
+        architecture: the model's sizes and fingerprint.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        store: KVStore,
+        strategy: Strategy = "reuse",
+        encode_behind: EncodeBehind = "system",
+        recompute_tokens: int = 16,
+        prompt: PromptTemplate | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.store = store
+        self.architecture: Architecture = inspect_model(model, name)
+        self.layout = PromptLayout(tokenizer, prompt)
+        if encode_behind not in get_args(EncodeBehind):
+            raise InputError(
+                f"encode_behind must be one of {get_args(EncodeBehind)}, not {encode_behind!r}"
+            )
+        self.behind = tuple(self.layout.behind(encode_behind))
+        self.strategy = _check_strategy(strategy)
+        self.recompute_tokens = recompute_tokens
+        self._encoder = Encoder(model, self.architecture)
+        self._batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
+        self._stop_ids = stop_ids(model, tokenizer)
+        self._model_lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: Source,
+        *,
+        store: str | Path | KVStore | None = None,
+        strategy: Strategy = "reuse",
+        adapter: None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        encode_behind: EncodeBehind = "system",
+        recompute_tokens: int = 16,
+        prompt: PromptTemplate | None = None,
+    ) -> KVLinkEngine:
+        """Load a model and check that chunk caches are exact for it.
+
+        Args:
+            model: hub id, local folder, GGUF file (loaded with dense weights), or a
+                ``(model, tokenizer)`` pair already in memory.
+            store: folder for chunk caches, or any store; None keeps them in memory.
+            strategy: the default for every answer: `reuse`, `recompute` or `full`.
+            adapter: trained link tokens; this version has none yet.
+            device: `auto` takes an accelerator when there is one.
+            dtype: `auto` keeps the checkpoint's.
+            encode_behind: what chunks are encoded behind: the model's default `system` prefix, its
+                bare chat `header`, or `alone`. Part of a cache's identity. None of them changes
+                with the system prompt of a question.
+            recompute_tokens: with `recompute`, how many first tokens of each chunk.
+            prompt: the words around chunks and question.
+
+        Raises:
+            ModelNotFoundError, UnsupportedModelError, StoreError, InputError, AdapterRequiredError
+        """
+        if adapter is not None:
+            raise AdapterRequiredError(
+                f"adapter {adapter!r} cannot be loaded: this version has no link-token adapters yet"
+            )
+        _check_strategy(strategy)
+        loaded, tokenizer, name = load(model, device, dtype)
+        return cls(
+            loaded,
+            tokenizer,
+            name=name,
+            store=open_store(store),
+            strategy=strategy,
+            encode_behind=encode_behind,
+            recompute_tokens=recompute_tokens,
+            prompt=prompt,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the model, part of every cache's key."""
+        return self.architecture.fingerprint
+
+    def with_store(self, store: str | Path | KVStore | None) -> KVLinkEngine:
+        """A twin that shares the model and keeps its caches in another store."""
+        twin = copy.copy(self)
+        twin.store = open_store(store)
+        return twin
+
+    def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
+        """The store's keys of chunks, in order."""
+        return [self._key(self.layout.chunk(chunk)) for chunk in as_chunks(chunks)]
+
+    def _key(self, token_ids: Sequence[int]) -> str:
+        return chunk_key(self.fingerprint, self.behind, token_ids)
+
+    # Indexing
+
+    def index(self, chunks: Iterable[str | Chunk], *, progress: bool = True) -> IndexReport:
+        """Encode and store the caches that the store lacks; idempotent.
+
+        Every chunk's id (see :class:`Chunk`) refers to its cache afterwards.
+
+        Raises:
+            InputError: a chunk is empty or longer than the model's context.
+            StoreError: a cache cannot be written; those written before stay.
+        """
+        watch, given = Stopwatch(), as_chunks(chunks)
+        texts: dict[str, list[int]] = {}
+        owners: dict[str, list[str]] = {}
+        for chunk in given:
+            token_ids = self.layout.chunk(chunk)
+            self._check_length(len(self.behind) + len(token_ids), f"chunk {chunk.document_id!r}")
+            key = self._key(token_ids)
+            texts[key] = token_ids
+            owners.setdefault(key, []).append(chunk.document_id)
+        missing = {key: ids for key, ids in texts.items() if not self.store.has(key)}
+        known = [(owner, key) for key in texts if key not in missing for owner in owners[key]]
+        self.store.refer(known)
+        nbytes = self._encode_and_store(missing, owners, progress)
+        return IndexReport(
+            chunks=len(given),
+            hits=sum(len(owners[key]) for key in texts if key not in missing),
+            misses=len(missing),
+            tokens=sum(map(len, missing.values())),
+            nbytes=nbytes,
+            total_s=watch.total(),
+        )
+
+    def _encode_and_store(
+        self, missing: dict[str, list[int]], owners: dict[str, list[str]], progress: bool
+    ) -> int:
+        """Encode batch by batch while the batch before is being written; returns bytes."""
+        keys, nbytes, done = list(missing), 0, 0
+        total = sum(map(len, missing.values()))
+        with (
+            bar("Reading chunks (tokens)", total, enabled=progress and bool(missing)) as show,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            writing: Future[None] | None = None
+            for batch in self._encode([missing[key] for key in keys]):
+                if writing:
+                    writing.result()
+                writing = writer.submit(self._put, [(r, owners[keys[i]]) for i, r in batch])
+                nbytes += sum(record.nbytes for _, record in batch)
+                done += sum(len(record.token_ids) for _, record in batch)
+                show(done)
+            if writing:
+                writing.result()
+        return nbytes
+
+    def _put(self, records: Iterable[tuple[ChunkKV, Sequence[str]]]) -> None:
+        for record, documents in records:
+            self.store.put(record, documents)
+
+    def _encode(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, ChunkKV]]]:
+        batches = self._encoder.encode(texts, self.behind, max_batch_tokens=self._batch_tokens)
+        while True:
+            with self._model_lock:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    # Prefill
+
+    def prefill(
+        self,
+        question: str,
+        chunks: Iterable[str | Chunk],
+        *,
+        strategy: Strategy | None = None,
+        system: str | None = None,
+        recompute_tokens: int | None = None,
+    ) -> Prefill:
+        """Everything up to the logits of the first answer token.
+
+        Caches that were missing are computed in place and stored before this returns.
+
+        Raises:
+            InputError, AdapterRequiredError: as :meth:`answer`.
+        """
+        request = self._request(question, chunks, strategy, system, recompute_tokens)
+        prefill, computed = self._prefill(request, 0)
+        self._keep(computed)
+        return prefill
+
+    def _request(
+        self,
+        question: str,
+        chunks: Iterable[str | Chunk],
+        strategy: Strategy | None,
+        system: str | None,
+        recompute_tokens: int | None,
+    ) -> _Request:
+        recompute = self.recompute_tokens if recompute_tokens is None else recompute_tokens
+        if recompute < 0:
+            raise InputError(f"recompute_tokens must be 0 or more, not {recompute}")
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(f"the question must be a text, not {question!r}")
+        chosen = _check_strategy(strategy or self.strategy)
+        return _Request(question, as_chunks(chunks), chosen, system, recompute)
+
+    def _prefill(
+        self, request: _Request, new_tokens: int
+    ) -> tuple[Prefill, list[tuple[ChunkKV, list[str]]]]:
+        """The prefill and the records it had to compute (not yet stored)."""
+        watch, report = Stopwatch(), Report(request.strategy)
+        token_ids, segments = self._lay_out(request)
+        self._check_length(len(token_ids) + new_tokens, "the prompt with its answer")
+        cache = self._encoder.new_cache(len(token_ids) + new_tokens)
+        report.context_tokens = len(token_ids)
+        report.tokenize_s = watch.lap()
+        computed: list[tuple[ChunkKV, list[str]]] = []
+        if request.strategy != "full":
+            computed = self._link(request, token_ids, segments, cache, report, watch)
+        active = _active_positions(segments, request.strategy)
+        with self._model_lock:
+            logits = self._forward(cache, token_ids, active)
+        report.forward_s = watch.lap()
+        report.computed_tokens += len(active)
+        report.ttft_s = watch.total()
+        positions = list(range(len(token_ids)))
+        prefill = Prefill(logits, token_ids, positions, segments, report, cache, self.model)
+        return prefill, computed
+
+    def _lay_out(self, request: _Request) -> tuple[list[int], list[Segment]]:
+        """The prompt's token ids and what they are."""
+        full = request.strategy == "full"
+        parts: list[tuple[Any, list[int]]] = [("prefix", self.layout.prefix(request.system))]
+        parts += [("chunk", self.layout.chunk(chunk)) for chunk in request.chunks]
+        parts += [("question", self.layout.question(request.question, request.system))]
+        token_ids: list[int] = []
+        segments: list[Segment] = []
+        for place, (kind, ids) in enumerate(parts):
+            start, stop = len(token_ids), len(token_ids) + len(ids)
+            token_ids += ids
+            if kind == "chunk" and not full:
+                view = min(request.recompute, len(ids)) if request.strategy == "recompute" else 0
+                segments.append(Segment(kind, start, stop, place - 1, self.behind, view))
+            else:
+                slot = place - 1 if kind == "chunk" else None
+                segments.append(Segment(kind, start, stop, slot, full_view=len(ids)))
+        return token_ids, segments
+
+    def _link(
+        self,
+        request: _Request,
+        token_ids: list[int],
+        segments: list[Segment],
+        cache: ContextCache,
+        report: Report,
+        watch: Stopwatch,
+    ) -> list[tuple[ChunkKV, list[str]]]:
+        """Fill the cache up to the question: load what is stored, compute what is not, link all."""
+        cached = [segment for segment in segments if segment.kind in ("prefix", "chunk")]
+        texts = [tuple(token_ids[segment.start : segment.stop]) for segment in cached]
+        found = self._load(dict.fromkeys(zip(texts, (s.behind for s in cached), strict=True)))
+        report.load_s = watch.lap()
+        missing = [wanted for wanted, record in found.items() if record is None]
+        computed = self._compute(missing)
+        report.encode_s = watch.lap()
+        groups = self.architecture.groups
+        for segment, text in zip(cached, texts, strict=True):
+            record = found[text, segment.behind]
+            if segment.kind == "chunk":
+                report.hits += record is not None
+                report.misses += record is None
+            if record is not None:
+                report.reused_tokens += len(text)
+            if text:
+                cache.place(record or computed[text, segment.behind], segment.start, groups)
+        cache.set_length(segments[-1].start)
+        report.bytes_read = sum(record.nbytes for record in found.values() if record)
+        report.computed_tokens = sum(len(text) + len(behind) for text, behind in missing)
+        report.link_s = watch.lap()
+        owners: dict[tuple[int, ...], list[str]] = {}
+        for text, chunk in zip(texts[1:], request.chunks, strict=True):
+            if chunk.id is not None:
+                owners.setdefault(text, []).append(chunk.id)
+        return [(record, owners.get(record.token_ids, [])) for record in computed.values()]
+
+    def _load(self, wanted: Iterable[_Wanted]) -> dict[_Wanted, ChunkKV | None]:
+        """Records from the store, compared with what was asked for: a digest alone is not trusted."""
+        found: dict[_Wanted, ChunkKV | None] = {}
+        for text, behind in wanted:
+            record = self.store.get(chunk_key(self.fingerprint, behind, text)) if text else None
+            if record and not record.is_for(self.fingerprint, behind, text):
+                warnings.warn(
+                    f"the store's entry {record.key[:12]}... is for other tokens or another model; "
+                    "computing it anew",
+                    KVLinkWarning,
+                    stacklevel=2,
+                )
+                record = None
+            found[text, behind] = record
+        return found
+
+    def _compute(self, missing: Sequence[_Wanted]) -> dict[_Wanted, ChunkKV]:
+        """Encode what the store lacks: chunks behind ``self.behind``, the prefix alone."""
+        computed: dict[_Wanted, ChunkKV] = {}
+        for behind in {behind for _, behind in missing}:
+            texts = [text for text, its in missing if its == behind and text]
+            with self._model_lock:
+                for batch in self._encoder.encode(
+                    texts, behind, max_batch_tokens=self._batch_tokens
+                ):
+                    computed |= {(texts[i], behind): record for i, record in batch}
+        return computed
+
+    def _forward(
+        self, cache: ContextCache, token_ids: list[int], active: list[int]
+    ) -> torch.Tensor:
+        active_ids = [token_ids[place] for place in active]
+        if len(active) == len(token_ids) - cache.get_seq_length():
+            return run_behind(self.model, cache, active_ids)
+        return run_at(self.model, self.architecture, cache, active_ids, active)
+
+    def _keep(self, computed: Iterable[tuple[ChunkKV, list[str]]]) -> None:
+        """Store what an answer had to compute; an answer never fails for want of disk."""
+        try:
+            self._put(computed)
+        except StoreError as error:
+            warnings.warn(f"computed caches are not kept: {error}", KVLinkWarning, stacklevel=3)
+
+    def _check_length(self, tokens: int, what: str) -> None:
+        limit = self.architecture.max_tokens
+        if tokens > limit:
+            raise InputError(
+                f"{what} takes {tokens} tokens and {self.name} has a context of {limit}: use fewer "
+                "or smaller chunks, or fewer new tokens"
+            )
+
+    # Answers
+
+    def stream(
+        self,
+        question: str,
+        chunks: Iterable[str | Chunk],
+        *,
+        strategy: Strategy | None = None,
+        system: str | None = None,
+        recompute_tokens: int | None = None,
+        **settings: Any,
+    ) -> AnswerStream:
+        """The answer piece by piece; ``.report``, ``.text`` and ``.token_ids`` afterwards.
+
+        Arguments and errors as :meth:`answer`. Also an async iterator.
+        """
+        request = self._request(question, chunks, strategy, system, recompute_tokens)
+        return AnswerStream(self, request, _settings(settings))
+
+    def answer(
+        self,
+        question: str,
+        chunks: Iterable[str | Chunk],
+        *,
+        strategy: Strategy | None = None,
+        system: str | None = None,
+        recompute_tokens: int | None = None,
+        **settings: Any,
+    ) -> Answer:
+        """Answer a question from chunks, in the order given.
+
+        Args:
+            chunks: may be empty; what is not in the store is computed in place and stored.
+            strategy: overrides the engine's.
+            system: replaces the model's default system prompt; caches stay usable.
+            recompute_tokens: overrides the engine's.
+            settings: ``max_new_tokens``, ``temperature``, ``top_p``, ``stop``, ``seed``
+                (:class:`kvlink_rag.generate.GenerateSettings`). Greedy by default.
+
+        Raises:
+            InputError: empty question or chunk, a prompt longer than the model's context, or a
+                setting out of range.
+            AdapterRequiredError: `link` without an adapter.
+        """
+        stream = self.stream(
+            question,
+            chunks,
+            strategy=strategy,
+            system=system,
+            recompute_tokens=recompute_tokens,
+            **settings,
+        )
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def _tokens(self, prefill: Prefill, sampler: Sampler, first: int, count: int) -> Iterator[int]:
+        """The first token, then up to ``count - 1`` more, ending with an end token."""
+        token = first
+        for produced in range(1, count + 1):
+            yield token
+            if produced == count or token in self._stop_ids:
+                return
+            with self._model_lock:
+                logits = run_behind(self.model, prefill.cache, [token])
+            token = sampler.choose(logits)
+
+    # Async twins: the work runs in a thread, the event loop stays free.
+
+    async def aindex(self, chunks: Iterable[str | Chunk], *, progress: bool = True) -> IndexReport:
+        """:meth:`index` in a thread."""
+        return await asyncio.to_thread(self.index, chunks, progress=progress)
+
+    async def aprefill(
+        self, question: str, chunks: Iterable[str | Chunk], **options: Any
+    ) -> Prefill:
+        """:meth:`prefill` in a thread."""
+        return await asyncio.to_thread(self.prefill, question, chunks, **options)
+
+    async def aanswer(self, question: str, chunks: Iterable[str | Chunk], **options: Any) -> Answer:
+        """:meth:`answer` in a thread."""
+        return await asyncio.to_thread(self.answer, question, chunks, **options)
+
+    def astream(self, question: str, chunks: Iterable[str | Chunk], **options: Any) -> AnswerStream:
+        """:meth:`stream` for ``async for``."""
+        return self.stream(question, chunks, **options)
+
+
+_Wanted = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids and what they are encoded behind."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    question: str
+    chunks: list[Chunk]
+    strategy: Strategy
+    system: str | None
+    recompute: int
+
+
+class AnswerStream:
+    """Text pieces of one answer, for ``for`` and ``async for``. Work starts with the first piece.
+
+    Attributes:
+        report: complete once the stream has ended; ``ttft_s`` from the first piece on.
+        text: what has been produced so far.
+        token_ids: its tokens.
+    """
+
+    def __init__(self, engine: KVLinkEngine, request: _Request, settings: GenerateSettings) -> None:
+        self.report = Report(request.strategy)
+        self.token_ids: list[int] = []
+        self._engine = engine
+        self._request = request
+        self._settings = settings
+        self._texts = TextStream(engine.tokenizer, settings.stops)
+        self._pieces = self._run()
+
+    @property
+    def text(self) -> str:
+        """The text produced so far."""
+        return self._texts.text
+
+    @property
+    def answer(self) -> Answer:
+        """The answer, once the stream has ended."""
+        return Answer(self.text, self.token_ids, self.report, self._request.chunks)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def __aiter__(self) -> AnswerStream:
+        return self
+
+    async def __anext__(self) -> str:
+        piece = await asyncio.to_thread(next, self._pieces, None)
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def _run(self) -> Iterator[str]:
+        engine, settings, watch = self._engine, self._settings, Stopwatch()
+        prefill, computed = engine._prefill(self._request, settings.max_new_tokens)
+        self.report = report = prefill.report
+        sampling = Stopwatch()
+        sampler = Sampler(settings, engine.architecture.device)
+        token = sampler.choose(prefill.logits)
+        report.sample_s, report.ttft_s = sampling.total(), watch.total()
+        tokens = engine._tokens(prefill, sampler, token, settings.max_new_tokens)
+        for piece in self._text_pieces(tokens):
+            if piece:
+                yield piece
+            # Storing what was missing waits until the first piece is with the user.
+            if computed:
+                engine._keep(computed)
+                computed = []
+        report.new_tokens = len(self.token_ids)
+        report.total_s = watch.total()
+
+    def _text_pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+        """One piece a token (may be empty), then what was held back."""
+        for token in tokens:
+            self.token_ids.append(token)
+            yield self._texts.push(token)
+            if self._texts.stopped:
+                return
+        yield self._texts.finish()
+
+
+def _active_positions(segments: Sequence[Segment], strategy: Strategy) -> list[int]:
+    """Positions that run through the model: the question, and what is to see everything."""
+    return [
+        place
+        for segment in segments
+        if segment.kind != "prefix" or strategy == "full"
+        for place in range(segment.start, segment.start + segment.full_view)
+    ]
+
+
+def _check_strategy(strategy: str) -> Strategy:
+    if strategy == "link":
+        raise AdapterRequiredError(
+            "strategy 'link' needs an adapter with trained link tokens, and the engine has none: "
+            "use 'reuse' or 'recompute'"
+        )
+    if strategy not in get_args(Strategy):
+        raise InputError(f"strategy must be one of {get_args(Strategy)}, not {strategy!r}")
+    return strategy
+
+
+def _settings(settings: dict[str, Any]) -> GenerateSettings:
+    try:
+        return GenerateSettings(**settings)
+    except TypeError as error:
+        names = ", ".join(GenerateSettings.__dataclass_fields__)
+        raise InputError(f"{str(error).split('() ')[-1]}: settings are {names}") from error

@@ -1,0 +1,80 @@
+"""Loading a model and its tokenizer from whatever the user names it by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kvlink_rag.errors import InputError, UnsupportedModelError
+from kvlink_rag.models import load_gguf, not_found, resolve
+
+Source = str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load(
+    source: Source, device: str | torch.device, dtype: str | torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Model (in evaluation mode, on its device), tokenizer and name.
+
+    Raises:
+        ModelNotFoundError: neither on disk nor to be fetched.
+        UnsupportedModelError: it is no causal language model.
+        InputError: a setting has no meaning.
+    """
+    if isinstance(source, tuple):
+        model, tokenizer = source
+        if isinstance(device, torch.device) or device != "auto":
+            model.to(_device(device))  # type: ignore[arg-type]
+        if dtype != "auto":
+            model.to(_dtype(dtype))
+        return model.eval(), tokenizer, model.config._name_or_path or type(model).__name__
+    place = resolve(str(source))
+    number_type = "auto" if dtype == "auto" else _dtype(dtype)
+    if place.endswith(".gguf"):
+        default = torch.bfloat16 if number_type == "auto" else number_type
+        model, tokenizer = load_gguf(Path(place), default)
+    else:
+        model, tokenizer = _from_pretrained(place, str(source), number_type)
+    return model.to(_device(device)).eval(), tokenizer, str(source)
+
+
+def _from_pretrained(place: str, name: str, dtype: Any) -> tuple[Any, Any]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UnsupportedModelError(
+                f"{name} is not a causal language model that transformers knows"
+            ) from error
+        raise not_found(name, error) from error
+    except OSError as error:
+        raise not_found(name, error) from error
+    return model, tokenizer
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"device {device!r} is unknown to torch: use 'auto', 'cpu' or 'cuda'"
+        ) from error
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r} is no float type: use 'auto', 'bfloat16' or 'float32'")
+    return found

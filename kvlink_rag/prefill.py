@@ -1,0 +1,65 @@
+"""A prompt whose context is in a cache: what it consists of, and the logits behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from kvlink_rag.link import ContextCache
+from kvlink_rag.report import Report
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the prompt: ``token_ids[start:stop]``.
+
+    Attributes:
+        kind: `prefix`, `chunk`, `link` or `question` (everything behind the last chunk).
+        slot: rank of the chunk; None for prefix and question.
+        behind: tokens the chunk was encoded behind: it saw a private copy of them, at the positions
+            just before its own, and itself, nothing else. Empty when encoded alone, and for `full`,
+            where a chunk sees everything before it (``slot`` and ``full_view`` tell).
+        full_view: leading tokens of the segment that see everything before them in the prompt;
+            the others of a chunk see only what the chunk's cache was encoded with.
+    """
+
+    kind: Literal["prefix", "chunk", "link", "question"]
+    start: int
+    stop: int
+    slot: int | None = None
+    behind: tuple[int, ...] = ()
+    full_view: int = 0
+
+
+@dataclass(eq=False)
+class Prefill:
+    """The state right before the first answer token.
+
+    Attributes:
+        logits: ``[vocab]`` float32, for the first answer token.
+        token_ids: the whole prompt.
+        positions: of each token, ``0 ... len(token_ids) - 1``.
+        segments: the parts of ``token_ids``, in order.
+        report: what it cost; ``ttft_s`` here ends with the logits.
+        cache: keys and values of the whole prompt, a transformers ``Cache``: it can be given to
+            ``model.generate(past_key_values=...)``, which then owns it.
+    """
+
+    logits: torch.Tensor
+    token_ids: list[int]
+    positions: list[int]
+    segments: list[Segment]
+    report: Report
+    cache: ContextCache
+    model: PreTrainedModel
+
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings of tokens, ``[tokens, hidden]``, as the model was given them."""
+        ids = torch.tensor(list(token_ids), device=self.model.device)
+        with torch.inference_mode():
+            embedded: torch.Tensor = self.model.get_input_embeddings()(ids)
+        return embedded

@@ -1,0 +1,91 @@
+"""What an answer or an indexing run cost, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass
+class Report:
+    """Time, hits and tokens of one answer. Times are wall seconds.
+
+    Attributes:
+        strategy: `full`, `reuse` or `recompute`.
+        ttft_s: from the call with question and chunk texts in hand to the first answer token in
+            hand; the sum of the seven parts that follow.
+        tokenize_s: rendering and tokenising chunks and question, and computing keys.
+        load_s: reading chunk caches from the store and verifying their checksums.
+        encode_s: computing the caches that were missing.
+        link_s: re-positioning the caches and copying them into one context.
+        forward_s: the forward pass over question (and recomputed) tokens; all tokens with `full`.
+        sample_s: choosing the first token.
+        hits: chunks whose cache was in the store.
+        misses: chunks whose cache was not.
+        context_tokens: length of the whole prompt.
+        reused_tokens: of these, how many came from a cache in the store.
+        computed_tokens: tokens that went through the model before the first answer token.
+        bytes_read: keys and values read from the store.
+        new_tokens: answer tokens.
+        total_s: from the call to the last token.
+    """
+
+    strategy: str
+    ttft_s: float = 0.0
+    tokenize_s: float = 0.0
+    load_s: float = 0.0
+    encode_s: float = 0.0
+    link_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    context_tokens: int = 0
+    reused_tokens: int = 0
+    computed_tokens: int = 0
+    bytes_read: int = 0
+    new_tokens: int = 0
+    total_s: float = 0.0
+
+    @property
+    def decode_s_per_token(self) -> float:
+        """Seconds for each token after the first."""
+        return (self.total_s - self.ttft_s) / max(self.new_tokens - 1, 1)
+
+
+@dataclass
+class IndexReport:
+    """What :meth:`KVLinkEngine.index` did.
+
+    Attributes:
+        chunks: chunks given.
+        hits: of these, already in the store.
+        misses: encoded now (chunks with the same text count once).
+        tokens: tokens encoded now.
+        nbytes: bytes of keys and values written now.
+        total_s: wall seconds.
+    """
+
+    chunks: int = 0
+    hits: int = 0
+    misses: int = 0
+    tokens: int = 0
+    nbytes: int = 0
+    total_s: float = 0.0
+
+
+class Stopwatch:
+    """Splits wall time into parts that add up: each lap ends where the next begins."""
+
+    def __init__(self) -> None:
+        self.start = self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap (or the start)."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.start

@@ -1,0 +1,102 @@
+"""Rotary position embedding (RoPE) put on and taken off cached keys.
+
+RoPE is relative (Su et al., arXiv 2104.09864): rotating a key by ``position * inv_freq`` is all
+that a position does to it. A cache whose keys have the rotation taken off can therefore be put at
+any position, and holds exactly the keys it would have had there (KVLink, arXiv 2502.16002, 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class RopeGroup:
+    """Layers that share one set of frequencies.
+
+    Args:
+        layers: a run of neighbouring layers, so that indexing gives views.
+        inv_freq: ``[rotary_dim / 2]`` float32, or None for layers without RoPE.
+    """
+
+    layers: slice
+    inv_freq: torch.Tensor | None
+
+
+def group_layers(inv_freqs: Sequence[torch.Tensor | None]) -> list[RopeGroup]:
+    """Runs of neighbouring layers with the same frequencies, one group each."""
+    groups: list[RopeGroup] = []
+    start = 0
+    for stop in range(1, len(inv_freqs) + 1):
+        if stop == len(inv_freqs) or inv_freqs[stop] is not inv_freqs[start]:
+            groups.append(RopeGroup(slice(start, stop), inv_freqs[start]))
+            start = stop
+    return groups
+
+
+def rotate(
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    inv_freq: torch.Tensor,
+    *,
+    inverse: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate keys to ``positions``, or with ``inverse`` back from them to no position.
+
+    The angles and the products are float32 whatever the keys' type. A yarn model's attention
+    factor is part of its cached keys already and is not applied here.
+
+    Args:
+        keys: ``[..., tokens, head_dim]``; dimensions beyond ``2 * len(inv_freq)`` do not rotate
+            (partial rotary).
+        positions: ``[tokens]`` integers.
+        inv_freq: ``[rotary_dim / 2]`` float32.
+        out: where to write, same shape as ``keys``; may be ``keys`` itself. None makes a new one.
+    """
+    half = inv_freq.shape[0]
+    angles = positions.to(torch.float32)[:, None] * inv_freq.to(torch.float32)  # [tokens, half]
+    cos, sin = angles.cos(), angles.sin()
+    if inverse:
+        sin = -sin
+    if out is None:
+        out = torch.empty_like(keys)
+    first = keys[..., :half].to(torch.float32)
+    second = keys[..., half : 2 * half].to(torch.float32)
+    rotated = first * cos
+    rotated.addcmul_(second, sin, value=-1)
+    other = second * cos
+    other.addcmul_(first, sin)
+    out[..., :half].copy_(rotated)
+    out[..., half : 2 * half].copy_(other)
+    if out.data_ptr() != keys.data_ptr() and 2 * half < keys.shape[-1]:
+        out[..., 2 * half :].copy_(keys[..., 2 * half :])
+    return out
+
+
+def shift_groups(
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    groups: Sequence[RopeGroup],
+    *,
+    inverse: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`rotate` over all layers: ``keys`` and ``out`` are ``[layers, ..., tokens, head_dim]``."""
+    if out is None:
+        out = torch.empty_like(keys)
+    for group in groups:
+        if group.inv_freq is None:
+            out[group.layers].copy_(keys[group.layers])
+        else:
+            rotate(
+                keys[group.layers],
+                positions,
+                group.inv_freq,
+                inverse=inverse,
+                out=out[group.layers],
+            )
+    return out
