@@ -1,0 +1,44 @@
+# make demo   see it work          make test   lint, types, tests
+# make lint   lint and types       make clean  remove what the others made
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	@$(BIN)/kvlink demo
+
+test: lint
+	@$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .coverage .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: everything else then finds it there and brings no second one.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing torch and kvlink-rag into $(VENV) (a few minutes, once)"
+	@$(PIP) $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
+	@$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "kvlink_rag needs python 3.10 to 3.13, and '$(PYTHON)' is:"; $(PYTHON) --version; \
+	  echo "name another one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "This python cannot make virtual environments (Debian and Ubuntu leave that part out)."; \
+	  echo "Install it (apt-get install python3-venv) and run make again."; exit 1; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
