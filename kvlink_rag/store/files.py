@@ -60,10 +60,7 @@ class ChunkFiles:
             CorruptRecord: the file is damaged or holds another chunk's cache.
             OSError: it cannot be read, or is not there.
         """
-        record = read_record(self.path(key))
-        if record.key != key:
-            raise CorruptRecord("it holds the cache of another chunk")
-        return record
+        return read_record(self.path(key), key)
 
     def write(self, record: ChunkKV) -> tuple[Path, int]:
         """Write a cache to a temporary file beside its place and sync it.

@@ -79,7 +79,7 @@ class FolderStore:
         except OSError as error:
             self._warn(f"cannot read the chunk cache {file}: {error}")
             return None
-        self._touch(record, key)
+        self._touch(key, record)
         return record
 
     def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
@@ -89,13 +89,13 @@ class FolderStore:
             InputError: keys and values do not fit the tokens.
             StoreError: it could not be written; nothing is left behind.
         """
+        self._check_writable()
         documents = list(documents)
-        key = record.key
         temporary: Path | None = None
         try:
             with explained("store a chunk cache in", self.path):
                 temporary, nbytes = self._files.write(record)
-                entry = Entry(key, len(record.token_ids), nbytes, record.fingerprint, time.time())
+                entry = _entry(record.key, record, nbytes)
                 self._catalog.write(lambda tx: self._publish(tx, temporary, entry, documents))
         except BaseException:
             if temporary is not None:
@@ -112,6 +112,7 @@ class FolderStore:
         Raises:
             StoreError: the catalog cannot be written.
         """
+        self._check_writable()
         pairs = list(references)
         for _, key in pairs:
             self._files.path(key)  # refuses what is no key
@@ -133,6 +134,7 @@ class FolderStore:
         """
         if isinstance(documents, str):
             raise InputError("documents must be a list of ids, not one id: pass [id]")
+        self._check_writable()
         keep = frozenset(keep)
         rest = iter(documents)
         removed = 0
@@ -168,8 +170,7 @@ class FolderStore:
         Raises:
             StoreError: the folder cannot be written to.
         """
-        if self._catalog.readonly:
-            raise StoreError(f"cannot prune {self.path}: it is read-only")
+        self._check_writable()
         return self._inspect(True, progress)
 
     def close(self) -> None:
@@ -209,11 +210,9 @@ class FolderStore:
         with contextlib.suppress(OSError, sqlite3.Error, StoreError):
             self._catalog.write(drop, wait=False)
 
-    def _touch(self, record: ChunkKV, key: str) -> None:
+    def _touch(self, key: str, record: ChunkKV) -> None:
         with self._touching:
-            self._touched[key] = Entry(
-                key, len(record.token_ids), 0, record.fingerprint, time.time()
-            )
+            self._touched[key] = _entry(key, record)
             full = len(self._touched) >= TOUCHES
         if full:
             self._flush(wait=False)  # somebody is waiting for an answer
@@ -247,5 +246,16 @@ class FolderStore:
                 self._catalog.write(lambda tx: settle(tx, found, self._files, remove))
             return found.report(self._files)
 
+    def _check_writable(self) -> None:
+        if self._catalog.readonly:
+            raise StoreError(
+                f"cannot change {self.path}: it is read-only; "
+                "make it writable, or use another folder"
+            )
+
     def _warn(self, text: str) -> None:
         warnings.warn(f"{text}; it will be computed anew", KVLinkWarning, stacklevel=3)
+
+
+def _entry(key: str, record: ChunkKV, nbytes: int = 0) -> Entry:
+    return Entry(key, len(record.token_ids), nbytes, record.fingerprint, time.time())

@@ -78,8 +78,12 @@ def write_record(path: Path, record: ChunkKV) -> int:
     return len(data)
 
 
-def read_record(path: Path) -> ChunkKV:
+def read_record(path: Path, key: str | None = None) -> ChunkKV:
     """Read a chunk cache and verify all of it; the tensors are views of the mapped file.
+
+    Args:
+        path: the file.
+        key: the key that the cache must have.
 
     Raises:
         CorruptRecord: with the reason, for anything that :func:`write_record` did not write.
@@ -88,6 +92,8 @@ def read_record(path: Path) -> ChunkKV:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = _metadata(file.metadata())
+            if key is not None and metadata["key"] != key:
+                raise CorruptRecord("it holds the cache of another chunk")
             if tuple(sorted(file.keys())) != TENSORS:
                 raise CorruptRecord(f"it has the tensors {sorted(file.keys())}")
             tensors = {name: file.get_tensor(name) for name in TENSORS}

@@ -1,0 +1,334 @@
+"""What every store can do, and what a folder survives."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
+from kvlink_rag.store import FolderStore, KVStore, MemoryStore, StoreStat, open_store
+from kvlink_rag.store import files as files_module
+from kvlink_rag.store import folder as folder_module
+
+ABSENT = "0" * 64
+
+
+def make_record(*token_ids: int, seed: int = 0) -> ChunkKV:
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn((2, 1, len(token_ids), 4), generator=generator)
+    return ChunkKV(token_ids, (), "model-a", tensor, tensor + 1)
+
+
+@pytest.fixture(params=["memory", "folder"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KVStore]:
+    store = MemoryStore() if request.param == "memory" else FolderStore(tmp_path / "kv")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[FolderStore]:
+    store = FolderStore(tmp_path / "kv")
+    yield store
+    store.close()
+
+
+def file_of(store: FolderStore, record: ChunkKV) -> Path:
+    return store.path / "chunks" / record.key[:2] / f"{record.key}.safetensors"
+
+
+def all_files(store: FolderStore) -> list[Path]:
+    return [path for path in (store.path / "chunks").rglob("*") if path.is_file()]
+
+
+def test_what_is_put_is_got(store: KVStore) -> None:
+    record = make_record(1, 2, 3)
+    assert store.get(record.key) is None
+    assert not store.has(record.key)
+    store.put(record, ["document é 日本"])
+    found = store.get(record.key)
+    assert found is not None
+    assert found.is_for("model-a", (), (1, 2, 3))
+    assert torch.equal(found.keys, record.keys)
+    assert torch.equal(found.values, record.values)
+    assert store.has(record.key)
+
+
+def test_tensors_that_do_not_fit_are_refused(store: KVStore) -> None:
+    bad = ChunkKV((1, 2), (), "m", torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4))
+    with pytest.raises(InputError):
+        store.put(bad)
+    assert not store.has(bad.key)
+
+
+def test_an_entry_lasts_as_long_as_its_last_document(store: KVStore) -> None:
+    record, other = make_record(1), make_record(2)
+    store.put(record, ["a", "b"])
+    store.refer([("c", record.key), ("c", record.key)])
+    store.put(other, ["a"])
+    assert store.release(["a", "unknown"]) == 1
+    assert not store.has(other.key)
+    assert store.release(["b"]) == 0
+    assert store.has(record.key)
+    assert store.release(["c"]) == 1
+    assert store.get(record.key) is None
+    assert store.stat() == StoreStat(0, 0, 0, 0, 0)
+
+
+def test_release_keeps_what_it_is_told_to(store: KVStore) -> None:
+    old, new = make_record(1), make_record(2)
+    store.put(old, ["a"])
+    store.put(new, ["a"])
+    assert store.release(["a"], keep=[new.key]) == 1
+    assert (store.has(old.key), store.has(new.key)) == (False, True)
+    assert store.release(["a"]) == 1
+
+
+def test_one_id_is_no_list_of_ids(store: KVStore) -> None:
+    with pytest.raises(InputError, match="pass \\[id\\]"):
+        store.release("a")
+
+
+def test_a_reference_holds_before_its_entry_is_there(store: KVStore) -> None:
+    record = make_record(1)
+    store.refer([("a", record.key)])
+    store.put(record)
+    assert store.stat().unreferenced == 0
+    assert store.release(["a"]) == 1
+
+
+def test_stat_counts(store: KVStore) -> None:
+    store.put(make_record(1, 2), ["a", "b"])
+    store.put(make_record(3), [])
+    store.put(make_record(3), [])
+    stat = store.stat()
+    assert (stat.entries, stat.tokens, stat.documents, stat.unreferenced) == (2, 3, 2, 1)
+    assert stat.nbytes >= 3 * 2 * 2 * 4 * 4
+
+
+def test_prune_removes_what_nobody_refers_to(store: KVStore) -> None:
+    held, loose = make_record(1), make_record(2)
+    store.put(held, ["a"])
+    store.put(loose)
+    assert store.verify().unreferenced == [loose.key]
+    assert store.verify().clean
+    assert store.has(loose.key)
+    assert store.prune().unreferenced == [loose.key]
+    assert (store.has(held.key), store.has(loose.key)) == (True, False)
+    assert store.verify().unreferenced == []
+
+
+def test_many_threads_may_use_it(store: KVStore) -> None:
+    records = [make_record(number, number) for number in range(12)]
+    wrong: list[object] = []
+
+    def work(start: int) -> None:
+        try:
+            for record in records[start:] + records[:start]:
+                store.put(record, [f"thread {start}"])
+                found = store.get(record.key)
+                if found is None or not torch.equal(found.keys, record.keys):
+                    wrong.append(record)
+            store.release([f"thread {start}"], keep=[records[0].key])
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # a thread may read a record that the last other one has just released
+    assert [item for item in wrong if not isinstance(item, ChunkKV)] == []
+    assert store.stat().entries == 1
+    assert store.verify().clean
+
+
+def test_memory_does_not_keep_the_batch_alive() -> None:
+    batch = torch.randn(2, 1, 1000, 4)
+    store = MemoryStore()
+    store.put(ChunkKV((1,), (), "m", batch[:, :, :1], batch[:, :, :1]))
+    found = store.get(ChunkKV((1,), (), "m", batch, batch).key)
+    assert found is not None
+    assert found.keys.untyped_storage().nbytes() == found.keys.nbytes
+
+
+def test_entries_last(folder: FolderStore) -> None:
+    record = make_record(1, 2)
+    folder.put(record, ["a"])
+    before = folder.stat()
+    folder.close()
+    again = FolderStore(folder.path)
+    assert again.has(record.key)
+    assert again.get(record.key) is not None
+    assert again.stat() == before
+    again.close()
+
+
+def test_a_closed_store_says_so(folder: FolderStore) -> None:
+    folder.close()
+    with pytest.raises(StoreError, match="closed"):
+        folder.put(make_record(1))
+    assert all_files(folder) == []
+
+
+def test_nobody_else_may_read_it(folder: FolderStore) -> None:
+    folder.put(make_record(1))
+    for path in [folder.path, *folder.path.rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+@pytest.mark.parametrize("key", ["", "a", "A" * 64, "0" * 63 + "\n", "../" * 22, "0" * 63 + "/"])
+def test_what_is_no_key_becomes_no_path(folder: FolderStore, key: str) -> None:
+    for use in (folder.get, folder.has, lambda key: folder.refer([("a", key)])):
+        with pytest.raises(InputError, match="no key"):
+            use(key)
+
+
+def damage(path: Path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.unlink()
+    path.write_bytes(data)
+
+
+def test_a_corrupt_file_is_dropped_with_a_warning(folder: FolderStore) -> None:
+    record = make_record(1)
+    folder.put(record, ["a"])
+    damage(file_of(folder, record))
+    with pytest.warns(KVLinkWarning, match=record.key):
+        assert folder.get(record.key) is None
+    assert not folder.has(record.key)
+    assert folder.stat().entries == 0
+    folder.put(record)  # computed anew: the document still refers to it
+    assert folder.stat().unreferenced == 0
+    assert folder.get(record.key) is not None
+
+
+def test_a_record_under_another_name_is_corrupt(folder: FolderStore) -> None:
+    record, other = make_record(1), make_record(2)
+    folder.put(record)
+    folder.put(other)
+    os.replace(file_of(folder, record), file_of(folder, other))
+    with pytest.warns(KVLinkWarning, match="another chunk"):
+        assert folder.get(other.key) is None
+
+
+def test_a_dropped_file_is_not_one_that_was_stored_anew(
+    folder: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make_record(1)
+    folder.put(record, ["a"])
+    read = files_module.read_record
+
+    def damaged_once(path: Path, key: str) -> ChunkKV:
+        monkeypatch.setattr(files_module, "read_record", read)
+        raise files_module.CorruptRecord("another process replaces it right now")
+
+    monkeypatch.setattr(files_module, "read_record", damaged_once)
+    with pytest.warns(KVLinkWarning):
+        assert folder.get(record.key) is None
+    assert folder.get(record.key) is not None
+
+
+def test_a_file_without_row_is_served_and_taken_in(folder: FolderStore) -> None:
+    record = make_record(1, 2)
+    folder.put(record)
+    database = sqlite3.connect(folder.path / "catalog.sqlite")
+    database.execute("DELETE FROM entries")
+    database.commit()
+    database.close()
+    assert folder.verify().orphans == [str(file_of(folder, record))]
+    assert folder.get(record.key) is not None
+    stat = folder.stat()
+    assert (stat.entries, stat.tokens) == (1, 2)
+    assert stat.nbytes == file_of(folder, record).stat().st_size
+
+
+def test_reading_does_not_write_the_catalog(folder: FolderStore) -> None:
+    records = [make_record(number) for number in range(folder_module.TOUCHES)]
+    for record in records:
+        folder.put(record)
+    database = sqlite3.connect(folder.path / "catalog.sqlite")
+
+    def version() -> int:
+        return int(database.execute("PRAGMA data_version").fetchone()[0])
+
+    before = version()
+    for record in records[:-1]:
+        folder.get(record.key)
+    assert version() == before
+    folder.get(records[-1].key)  # enough are remembered
+    assert version() != before
+    database.close()
+
+
+def test_reading_does_not_wait_for_a_writer(folder: FolderStore) -> None:
+    record = make_record(1)
+    folder.put(record)
+    database = sqlite3.connect(folder.path / "catalog.sqlite", isolation_level=None)
+    database.execute("BEGIN IMMEDIATE")
+    for number in range(folder_module.TOUCHES):
+        folder._touched[f"{number:064x}"] = folder_module.Entry("", 0, 0, "", 0.0)
+    assert folder.get(record.key) is not None  # a wait would take 30 s and the test's patience
+    damage(file_of(folder, record))
+    with pytest.warns(KVLinkWarning):
+        assert folder.get(record.key) is None
+    database.execute("ROLLBACK")
+    database.close()
+
+
+def test_last_use_is_remembered(folder: FolderStore) -> None:
+    used, unused = make_record(1), make_record(2)
+    folder.put(used)
+    folder.put(unused)
+    folder.get(used.key)
+    folder.close()
+    with sqlite3.connect(folder.path / "catalog.sqlite") as database:
+        times = dict(database.execute("SELECT key, last_used FROM entries").fetchall())
+    database.close()
+    assert times[used.key] > times[unused.key]
+
+
+def test_a_thousand_entries(folder: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # not what is tested
+    records = [make_record(number) for number in range(1000)]
+    for number, record in enumerate(records):
+        folder.put(record, [f"document {number}"])
+    folder.close()
+    again = FolderStore(folder.path)
+    assert again.stat().entries == again.stat().documents == 1000
+    assert all(again.has(record.key) for record in records)
+    assert again.get(records[500].key) is not None
+    assert again.release([f"document {number}" for number in range(1000)]) == 1000
+    assert all_files(again) == []
+    again.close()
+
+
+class TestOpenStore:
+    def test_by_what_a_user_names_it(self, tmp_path: Path) -> None:
+        memory = open_store(None)
+        assert isinstance(memory, MemoryStore)
+        assert open_store(memory) is memory
+        for name in (str(tmp_path / "a"), tmp_path / "b"):
+            store = open_store(name)
+            assert isinstance(store, FolderStore)
+            assert isinstance(store, KVStore)
+            store.close()
+
+    @pytest.mark.parametrize("url", ["s3://bucket/kv", "https://host/kv", "file:///tmp"])
+    def test_urls_are_refused(self, url: str) -> None:
+        with pytest.raises(StoreError, match="only folders"):
+            open_store(url)
+
+    @pytest.mark.parametrize("store", ["", 3])
+    def test_other_things_are_refused(self, store: object) -> None:
+        with pytest.raises(InputError):
+            open_store(store)  # type: ignore[arg-type]

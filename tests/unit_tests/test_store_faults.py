@@ -1,0 +1,264 @@
+"""What a folder store finds, repairs and refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.errors import KVLinkWarning, StoreError
+from kvlink_rag.store import FolderStore, StoreStat
+from kvlink_rag.store import files as files_module
+
+ABSENT = "0" * 64
+
+
+def make_record(*token_ids: int, seed: int = 0) -> ChunkKV:
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn((2, 1, len(token_ids), 4), generator=generator)
+    return ChunkKV(token_ids, (), "model-a", tensor, tensor + 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[FolderStore]:
+    store = FolderStore(tmp_path / "kv")
+    yield store
+    store.close()
+
+
+def file_of(store: FolderStore, record: ChunkKV) -> Path:
+    return store.path / "chunks" / record.key[:2] / f"{record.key}.safetensors"
+
+
+def all_files(store: FolderStore) -> list[Path]:
+    return [path for path in (store.path / "chunks").rglob("*") if path.is_file()]
+
+
+def damage(path: Path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.unlink()
+    path.write_bytes(data)
+
+
+class TestVerifyAndPrune:
+    def test_finds_and_removes_everything(self, folder: FolderStore) -> None:
+        good, bad, gone = make_record(1), make_record(2), make_record(3)
+        for record in (good, bad, gone):
+            folder.put(record, ["a"])
+        damage(file_of(folder, bad))
+        file_of(folder, gone).unlink()
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        chunks = folder.path / "chunks"
+        left = chunks / good.key[:2] / f".writing-{files_module.HOST}-{dead.pid}-00"
+        left.write_bytes(b"half")
+        alive = chunks / good.key[:2] / f".writing-{files_module.HOST}-{os.getpid()}-00"
+        alive.write_bytes(b"half")
+        foreign = chunks / "notes.txt"
+        foreign.write_text("hello")
+        misplaced = chunks / f"{good.key}.safetensors"
+        misplaced.write_bytes(file_of(folder, good).read_bytes())
+
+        seen: list[tuple[int, int]] = []
+        check = folder.verify(progress=lambda done, total: seen.append((done, total)))
+        assert seen == [(number, 6) for number in range(1, 7)]
+        assert check.checked == 6
+        assert check.corrupt == [str(file_of(folder, bad))]
+        assert set(check.orphans) == {str(left), str(foreign), str(misplaced)}
+        assert check.missing == [gone.key]
+        assert not check.clean
+        assert len(all_files(folder)) == 6  # changed nothing
+
+        assert folder.prune() == check
+        assert set(all_files(folder)) == {file_of(folder, good), alive}
+        assert folder.verify().clean
+        assert folder.get(good.key) is not None
+
+    def test_an_old_temporary_file_is_left_behind_whoever_wrote_it(
+        self, folder: FolderStore
+    ) -> None:
+        folder.put(make_record(1), ["a"])
+        path = folder.path / "chunks" / f".writing-0badbeef-{os.getpid()}-00"
+        path.write_bytes(b"half")
+        assert folder.verify().clean
+        os.utime(path, (0, 0))
+        assert folder.prune().orphans == [str(path)]
+        assert not path.exists()
+
+
+def open_and_put(path: Path, record: ChunkKV) -> FolderStore:
+    store = FolderStore(path)
+    store.put(record, ["b"])
+    return store
+
+
+class TestWhatGoesWrong:
+    def test_disk_full(self, folder: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        record = make_record(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(StoreError, match=r"No space left.*free some space") as caught:
+                folder.put(record, ["a"])
+        assert str(folder.path) in str(caught.value)
+        assert all_files(folder) == []
+        assert folder.stat() == StoreStat(0, 0, 0, 0, 0)
+        folder.put(record, ["a"])
+        assert folder.verify().clean
+
+    def test_renaming_fails(self, folder: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refused(source: Path, target: Path) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", refused)
+            with pytest.raises(StoreError, match=r"Permission denied.*permission"):
+                folder.put(make_record(1), ["a"])
+        assert all_files(folder) == []
+        assert folder.stat() == StoreStat(0, 0, 0, 0, 0)
+
+    def test_a_file_in_its_place(self, tmp_path: Path) -> None:
+        (tmp_path / "kv").write_text("hello")
+        with pytest.raises(StoreError, match="cannot open the store"):
+            FolderStore(tmp_path / "kv")
+        with pytest.raises(StoreError):
+            FolderStore(tmp_path / "kv" / "deeper")
+        assert (tmp_path / "kv").read_text() == "hello"
+
+    def test_another_programs_database(self, tmp_path: Path) -> None:
+        with sqlite3.connect(tmp_path / "catalog.sqlite") as database:
+            database.execute("CREATE TABLE theirs (x)")
+        database.close()
+        with pytest.raises(StoreError, match="format 0"):
+            FolderStore(tmp_path)
+
+    def test_a_newer_format(self, folder: FolderStore) -> None:
+        folder.close()
+        with sqlite3.connect(folder.path / "catalog.sqlite") as database:
+            database.execute("PRAGMA user_version = 99")
+        database.close()
+        with pytest.raises(StoreError, match=r"format 99 .*newer"):
+            FolderStore(folder.path)
+
+    def test_catalog_deleted(self, folder: FolderStore) -> None:
+        record = make_record(1, 2)
+        folder.put(record, ["a"])
+        folder.close()
+        (folder.path / "catalog.sqlite").unlink()
+        with pytest.warns(KVLinkWarning, match="made anew from 1 files"):
+            again = FolderStore(folder.path)
+        assert again.get(record.key) is not None
+        assert again.stat().tokens == 2
+        assert again.verify().clean
+        assert again.verify().unreferenced == [record.key]
+        again.close()
+
+    @pytest.mark.parametrize("kept", [0, 100, 5000])
+    def test_catalog_overwritten(self, folder: FolderStore, kept: int) -> None:
+        record = make_record(1, 2)
+        folder.put(record, ["a"])
+        folder.close()
+        catalog = folder.path / "catalog.sqlite"
+        data = catalog.read_bytes()
+        catalog.write_bytes(data[:kept] + b"garbage " * ((len(data) - kept) // 8))
+        with pytest.warns(KVLinkWarning, match="made anew from 1 files"):
+            again = open_and_put(folder.path, make_record(3))  # damage further in is met later
+        assert again.get(record.key) is not None
+        assert again.stat().entries == 2
+        assert again.verify().clean
+        again.close()
+
+    def test_verify_names_a_damaged_catalog_and_prune_repairs_it(self, folder: FolderStore) -> None:
+        folder.put(make_record(1), ["a"])
+        folder.close()
+        catalog = folder.path / "catalog.sqlite"
+        data = catalog.read_bytes()
+        catalog.write_bytes(data[:8192] + b"\xff" * (len(data) - 8192))
+        again = FolderStore(folder.path)
+        assert again.verify().corrupt == [str(catalog)]
+        with pytest.warns(KVLinkWarning, match="made anew"):
+            again.prune()
+        assert again.verify().clean
+        again.close()
+
+
+def as_nobody(code: str, *arguments: object) -> str:
+    """Run code without the rights of root, to which no folder is read-only."""
+    if os.getuid() == 0:
+        code = f"import os; from kvlink_rag.store import *; os.setuid(65534)\n{code}"
+    root = str(Path(files_module.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+READ_ONLY = """
+from kvlink_rag.store import FolderStore
+from kvlink_rag.errors import StoreError
+store = FolderStore(sys.argv[1])
+found = store.get(sys.argv[2])
+print(len(found.token_ids), store.stat().entries, store.verify().clean)
+for change in (lambda: store.put(found), lambda: store.release(["a"]), store.prune):
+    try:
+        change()
+    except StoreError as error:
+        print("read-only" in str(error))
+store.close()
+"""
+
+UNREADABLE = """
+from kvlink_rag.store import FolderStore
+from kvlink_rag.errors import StoreError
+try:
+    FolderStore(sys.argv[1])
+except StoreError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def open_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder that other users can reach (pytest's own are closed to them)."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+        for path in [Path(name), *Path(name).rglob("*")]:
+            path.chmod(0o755)
+
+
+def test_a_read_only_folder_can_be_read(open_path: Path) -> None:
+    record = make_record(1, 2, 3)
+    store = FolderStore(open_path / "kv")
+    store.put(record, ["a"])
+    store.close()
+    for path in [store.path, *store.path.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    out = as_nobody(READ_ONLY, store.path, record.key).split()
+    assert out == ["3", "1", "True", "True", "True", "True"]
+
+
+def test_an_unreadable_folder_is_left_alone(open_path: Path) -> None:
+    (open_path / "kv").mkdir(mode=0o300)
+    (open_path / "kv").chmod(0o333)
+    out = as_nobody(UNREADABLE, open_path / "kv")
+    assert "Permission denied" in out
+    assert list((open_path / "kv").iterdir()) == []
