@@ -79,7 +79,7 @@ class IndexCatalog:
                 self.folder.mkdir(mode=0o700, parents=True)
             os.listdir(self.folder)  # unreadable: say so before anything is made
             self._database = Database(self.path, SCHEMA, VERSION)
-            self._lock = FileLock(f"{self.path}.lock", mode=0o600)
+            self._lock = FileLock(f"{self.path}.lock", mode=0o600, poll_interval=0.01)
 
     @property
     def readonly(self) -> bool:
@@ -217,9 +217,7 @@ def update_metadata(tx: sqlite3.Connection, chunks: Iterable[Chunk]) -> None:
 
 def delete_rows(tx: sqlite3.Connection, ids: Iterable[str]) -> list[str]:
     """Remove chunks; the ids that were there."""
-    gone = [id for id in ids if _find(tx, "number", id) is not None]
-    tx.executemany("DELETE FROM chunks WHERE id = ?", [(id,) for id in gone])
-    return gone
+    return [id for id in ids if tx.execute("DELETE FROM chunks WHERE id = ?", (id,)).rowcount]
 
 
 def plan_release(tx: sqlite3.Connection, ids: Iterable[str], keep: Collection[str]) -> None:

@@ -57,11 +57,14 @@ def write_record(path: Path, record: ChunkKV) -> int:
         OSError: as the operating system says; the file may then be there in part.
     """
     check_shapes(record)
+    keys, values = (t.detach().cpu().contiguous() for t in (record.keys, record.values))
+    if keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
+        values = values.clone()  # safetensors refuses tensors that share memory
     tensors = {
         "behind": torch.tensor(record.behind, dtype=torch.int64),
-        "keys": record.keys.detach().cpu().contiguous(),
+        "keys": keys,
         "token_ids": torch.tensor(record.token_ids, dtype=torch.int64),
-        "values": record.values.detach().cpu().contiguous(),
+        "values": values,
     }
     metadata = {
         "fingerprint": record.fingerprint,

@@ -60,6 +60,13 @@ def test_views_of_other_tensors_are_written_as_they_look(tmp_path: Path) -> None
     assert same(record, read_record(tmp_path / "a"))
 
 
+def test_keys_and_values_may_share_memory(tmp_path: Path) -> None:
+    both = torch.randn(2, 1, 3, 4)
+    record = ChunkKV((5, 6, 7), (), "m", both, both)
+    write_record(tmp_path / "a", record)
+    assert same(record, read_record(tmp_path / "a"))
+
+
 def test_tensors_are_views_of_the_mapped_file(tmp_path: Path) -> None:
     write_record(tmp_path / "a", make_record())
     record = read_record(tmp_path / "a")
