@@ -54,7 +54,7 @@ class IndexStat:
     model_name: str
     fingerprint: str
     nbytes: int
-    """Bytes of the SQLite file and the FAISS snapshots."""
+    """Bytes of the SQLite file, its write-ahead log and the FAISS snapshots."""
     caches: StoreStat
 
 

@@ -80,7 +80,7 @@ def prune(catalog: IndexCatalog, store: FolderStore, progress: Progress | None) 
 
 def stat(catalog: IndexCatalog, store: FolderStore) -> IndexStat:
     """:func:`stat_index` of an open index."""
-    files = [catalog.path, *catalog.folder.glob(SNAPSHOTS)]
+    files = [*catalog.folder.glob(f"{FILE}*"), *catalog.folder.glob(SNAPSHOTS)]
     return IndexStat(
         chunks=len(catalog),
         sources=len(catalog.sources()),

@@ -32,7 +32,7 @@ def test_any_array_becomes_vectors_of_length_1(vectors: Any) -> None:
     found = normalise(vectors)
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
-    np.testing.assert_allclose(found, [[0.6, 0.8], [0, -1]], atol=1e-6)
+    np.testing.assert_allclose(found, np.array([[0.6, 0.8], [0.0, -1.0]]), atol=1e-6)
 
 
 @pytest.mark.parametrize(

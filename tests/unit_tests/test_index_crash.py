@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import kvlink_rag.index
 from kvlink_rag.chunk import Chunk
@@ -56,9 +56,9 @@ def test_two_processes_fill_one_index(tmp_path: Path) -> None:
 
 def opened(path: str) -> KVIndex:
     # as a script, this file has its folder on the path
-    from test_index import FakeEmbeddings, FakeEngine  # type: ignore[import-not-found]
+    from test_index import FakeEmbeddings, FakeEngine
 
-    return kvlink_rag.index.KVIndex.open(path, FakeEngine(), embeddings=FakeEmbeddings())
+    return kvlink_rag.index.KVIndex.open(path, cast(Any, FakeEngine()), embeddings=FakeEmbeddings())
 
 
 def fill(path: str, name: str) -> None:

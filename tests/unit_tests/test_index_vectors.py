@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def clustered(count: int, seed: int = 0) -> Vectors:
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Any:
+def catalog(tmp_path: Path) -> Iterator[IndexCatalog]:
     catalog = IndexCatalog(tmp_path, create=True)
     yield catalog
     catalog.close()
@@ -152,7 +153,8 @@ def test_a_later_state_than_the_rows_is_forgotten(catalog: IndexCatalog) -> None
     """An older index.sqlite was put back: its next rows reuse the numbers of lost ones."""
     vectors = clustered(3)
     add(catalog, vectors[:1])
-    backup = Path(catalog.path).read_bytes() if catalog.close() is None else b""
+    catalog.close()
+    backup = catalog.path.read_bytes()
     later = IndexCatalog(catalog.folder)
     add(later, vectors[1:2], prefix="lost ")
     synced(later, VectorTable(later.folder)).save()

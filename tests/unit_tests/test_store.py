@@ -16,6 +16,8 @@ from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store import FolderStore, KVStore, MemoryStore, StoreStat, open_store
 from kvlink_rag.store import files as files_module
 from kvlink_rag.store import folder as folder_module
+from kvlink_rag.store.catalog import Entry
+from kvlink_rag.store.record import CorruptRecord, read_record
 
 ABSENT = "0" * 64
 
@@ -226,11 +228,10 @@ def test_a_dropped_file_is_not_one_that_was_stored_anew(
 ) -> None:
     record = make_record(1)
     folder.put(record, ["a"])
-    read = files_module.read_record
 
     def damaged_once(path: Path, key: str) -> ChunkKV:
-        monkeypatch.setattr(files_module, "read_record", read)
-        raise files_module.CorruptRecord("another process replaces it right now")
+        monkeypatch.setattr(files_module, "read_record", read_record)
+        raise CorruptRecord("another process replaces it right now")
 
     monkeypatch.setattr(files_module, "read_record", damaged_once)
     with pytest.warns(KVLinkWarning):
@@ -276,7 +277,7 @@ def test_reading_does_not_wait_for_a_writer(folder: FolderStore) -> None:
     database = sqlite3.connect(folder.path / "catalog.sqlite", isolation_level=None)
     database.execute("BEGIN IMMEDIATE")
     for number in range(folder_module.TOUCHES):
-        folder._touched[f"{number:064x}"] = folder_module.Entry("", 0, 0, "", 0.0)
+        folder._touched[f"{number:064x}"] = Entry("", 0, 0, "", 0.0)
     assert folder.get(record.key) is not None  # a wait would take 30 s and the test's patience
     damage(file_of(folder, record))
     with pytest.warns(KVLinkWarning):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kvlink_rag.chunk import ChunkKV
@@ -151,6 +152,25 @@ def test_another_programs_safetensors_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_not_corrupt(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_record(tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "swap", "fingerprint"])
+def test_the_same_bytes_with_another_meaning_are_refused(tmp_path: Path, change: str) -> None:
+    write_record(tmp_path / "a", make_record())
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "a")
+    if change == "shape":
+        tensors["keys"] = tensors["keys"].reshape(1, 2, 3, 4)
+    elif change == "dtype":
+        tensors["keys"] = tensors["keys"].view(torch.float16)
+    elif change == "swap":
+        tensors["keys"], tensors["values"] = tensors["values"], tensors["keys"]
+    else:
+        metadata["fingerprint"] = "model-b"
+    save_file(tensors, tmp_path / "b", metadata)
+    with pytest.raises(CorruptRecord, match="checksum"):
+        read_record(tmp_path / "b")
 
 
 class Liar(ChunkKV):
