@@ -1,0 +1,150 @@
+"""The project's ground truth: linked caches give what ONE block-masked forward pass gives."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import tiny
+import torch
+
+from kvlink_rag import Chunk
+
+TOLERANCE = 1e-4
+TEXTS = [
+    "The tower is 330 m tall.",
+    "Bees dance to tell where flowers are.",
+    "Zürich lies on a lake; 湖 means lake.",
+    "x",
+    "A chunk that is a good deal longer than any of the sliding windows of these models are.",
+]
+QUESTION = "How tall is it?"
+
+CASES = {
+    "in order": TEXTS,
+    "permuted": [TEXTS[i] for i in (3, 0, 4, 2, 1)],
+    "one chunk": TEXTS[4:],
+    "twice the same": [TEXTS[0], TEXTS[1], TEXTS[0]],
+    "twenty": [f"{i}: {TEXTS[i % 5]}" for i in random.Random(0).sample(range(20), 20)],
+}
+
+
+def check(name: str, engine, chunks, **options) -> None:
+    prefill = engine.prefill(QUESTION, chunks, **options)
+    reference = tiny.Reference(name, prefill)
+    torch.testing.assert_close(prefill.logits, reference.logits(), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_reuse_is_one_block_masked_forward_pass(name, case):
+    engine = tiny.engine(name)
+    engine.index(CASES[case], progress=False)
+    prefill = engine.prefill(QUESTION, CASES[case])
+    assert prefill.report.hits == len(CASES[case])
+    check(name, engine, CASES[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_recompute_is_one_block_masked_forward_pass(name, case):
+    check(name, tiny.engine(name), CASES[case], strategy="recompute", recompute_tokens=5)
+
+
+@pytest.mark.parametrize("behind", ["alone", "header", "system"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "smollm3"])
+def test_every_prefix_behind_the_chunks(name, behind):
+    engine = tiny.engine(name, encode_behind=behind)
+    assert bool(engine.behind) == (behind != "alone")
+    for strategy in ("reuse", "recompute"):
+        # A system prompt shorter than what chunks are encoded behind puts private copies at
+        # negative positions: RoPE is relative, it must not matter.
+        for system in (None, "x", "Another, much longer system prompt than the default."):
+            check(name, engine, TEXTS, strategy=strategy, system=system)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_chunks_of_one_token(name, monkeypatch):
+    engine = tiny.engine(name)
+    monkeypatch.setattr(engine.layout, "chunk", lambda chunk: [ord(chunk.text)])
+    check(name, engine, list("abcab"))
+    check(name, engine, list("abcab"), strategy="recompute", recompute_tokens=1)
+
+
+@pytest.mark.parametrize("strategy", ["reuse", "recompute"])
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_twenty_greedy_tokens(name, strategy):
+    engine = tiny.engine(name, recompute_tokens=5)
+    engine._stop_ids = frozenset()
+    answer = engine.answer(QUESTION, TEXTS, strategy=strategy, max_new_tokens=20)
+    reference = tiny.Reference(name, engine.prefill(QUESTION, TEXTS, strategy=strategy))
+    for token in answer.token_ids:
+        assert token == int(reference.logits().argmax())
+        reference.append(token)
+    assert len(answer.token_ids) == 20
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_recompute_of_everything_is_full(name):
+    engine = tiny.engine(name)
+    full = engine.prefill(QUESTION, TEXTS, strategy="full")
+    whole = engine.prefill(QUESTION, TEXTS, strategy="recompute", recompute_tokens=10**6)
+    torch.testing.assert_close(whole.logits, full.logits, atol=TOLERANCE, rtol=0)
+    assert whole.token_ids == full.token_ids
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_full_is_generate_of_transformers(name):
+    engine = tiny.engine(name)
+    engine._stop_ids = frozenset()
+    answer = engine.answer(QUESTION, TEXTS, strategy="full", max_new_tokens=20)
+    prompt = torch.tensor([engine.prefill(QUESTION, TEXTS, strategy="full").token_ids])
+    expected = tiny.model(name).generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20
+    )
+    assert answer.token_ids == expected[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_generate_of_transformers_goes_on_from_our_cache(name):
+    engine = tiny.engine(name)
+    engine._stop_ids = frozenset()
+    answer = engine.answer(QUESTION, TEXTS, max_new_tokens=20)
+    prefill = engine.prefill(QUESTION, TEXTS)
+    prompt = torch.tensor([[*prefill.token_ids, int(prefill.logits.argmax())]])
+    expected = tiny.model(name).generate(
+        prompt,
+        past_key_values=prefill.cache,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=19,
+    )
+    assert answer.token_ids == expected[0, len(prefill.token_ids) :].tolist()
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_these_tests_can_fail(name):
+    """Full attention, a forgotten rotation and a lost window are all far outside the tolerance."""
+    engine = tiny.engine(name)
+    reuse = engine.prefill(QUESTION, TEXTS)
+    full = engine.prefill(QUESTION, TEXTS, strategy="full")
+    assert (reuse.logits - full.logits).abs().max() > 100 * TOLERANCE
+    reference = tiny.Reference(name, reuse)
+    for node in reference.nodes:
+        node.position -= 3 * (node.owner == 1)  # one chunk's private copy in the wrong place
+    assert (reuse.logits - reference.logits()).abs().max() > 10 * TOLERANCE
+    if getattr(tiny.model(name).config, "sliding_window", None):
+        windowless = tiny.Reference(name, reuse)
+        mask = windowless.mask(None)
+        windowless.mask = lambda window: mask  # type: ignore[method-assign]
+        assert (reuse.logits - windowless.logits()).abs().max() > 100 * TOLERANCE
+
+
+def test_titles_and_order_do_not_change_a_cache():
+    engine = tiny.engine()
+    chunks = [Chunk(text, title=f"T{i}") for i, text in enumerate(TEXTS)]
+    engine.index(chunks, progress=False)
+    report = engine.prefill(QUESTION, chunks[::-1]).report
+    assert (report.hits, report.misses) == (5, 0)
+    untitled = engine.prefill(QUESTION, TEXTS).report
+    assert (untitled.hits, untitled.misses) == (0, 5)
