@@ -95,15 +95,25 @@ def _walk(folder: Path) -> Iterable[Path]:
 
 def read_file(path: Path) -> Document | Skipped:
     """A file's text and title, or why there is none. Never raises for what is in a file."""
+    data = read_bytes(path)
+    return data if isinstance(data, Skipped) else parse(path, data)
+
+
+def read_bytes(path: Path) -> bytes | Skipped:
+    """A file's content, or why it cannot be read."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
         return Skipped(path, f"cannot be read: {reason}", unreadable=True)
-    read = _read_pdf(path, data) if path.suffix.lower() == ".pdf" else _read_text(path, data)
-    if isinstance(read, Document) and not read.text.strip():
+
+
+def parse(path: Path, data: bytes) -> Document | Skipped:
+    """Text and title of a file with this content, or why there is none."""
+    parsed = _read_pdf(path, data) if path.suffix.lower() == ".pdf" else _read_text(path, data)
+    if isinstance(parsed, Document) and not parsed.text.strip():
         return Skipped(path, "empty")
-    return read
+    return parsed
 
 
 def _read_text(path: Path, data: bytes) -> Document | Skipped:

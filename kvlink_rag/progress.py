@@ -13,6 +13,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TransferSpeedColumn,
@@ -28,14 +29,16 @@ def bar(
     Args:
         description: what is being done, a few words.
         total: how much there is to do; None shows a pulse and the elapsed time only.
-        unit: ``items`` or ``bytes``.
+        unit: ``items``, ``bytes``, or ``share`` for a percentage.
         enabled: False draws nothing.
     """
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=32)]
     if total is not None:
-        columns += (
-            [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
-        )
+        columns += {
+            "items": [MofNCompleteColumn()],
+            "bytes": [DownloadColumn(), TransferSpeedColumn()],
+            "share": [TaskProgressColumn()],
+        }[unit]
     columns.append(TimeElapsedColumn())
     with Progress(*columns, console=Console(file=sys.stderr), disable=not enabled) as progress:
         task = progress.add_task(description, total=total)
@@ -46,3 +49,11 @@ def bar(
         yield done
         # A pulse that ends is full: a bar that stops half way looks like a failure.
         progress.update(task, total=total or 1, completed=total or 1)
+
+
+def quiet_libraries() -> None:
+    """Without transformers' own bars and hints: the command line has its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()

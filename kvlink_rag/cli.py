@@ -1,0 +1,369 @@
+"""The command ``kvlink``.
+
+Nothing heavy is imported before a command runs, so that ``kvlink --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from kvlink_rag.errors import IndexMismatchError, InputError, KVLinkError, KVLinkWarning
+
+if TYPE_CHECKING:
+    from kvlink_rag.chunk import ScoredChunk
+    from kvlink_rag.documents import Skipped
+    from kvlink_rag.engine import KVLinkEngine
+    from kvlink_rag.ingest import Plan, Splitting, Summary
+    from kvlink_rag.report import Report
+    from kvlink_rag.store import FolderStore, StoreCheck, StoreStat
+
+Strategy = Literal["reuse", "recompute", "full", "link"]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+MOST_LISTED = 20
+"""Lines of one kind that are printed before the rest is only counted."""
+
+
+class Commands(TyperGroup):
+    """Turns what goes wrong in any command into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # `kvlink ask ... | head`: the reader has what it wanted; and nothing is to be flushed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except (KVLinkError, OSError) as error:
+            _complain(f"error: {_one_line(error)}")
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Answers from documents whose KV caches are computed once, at indexing time.",
+)
+store_app = typer.Typer(no_args_is_help=True, help="Look after stored chunk caches.")
+app.add_typer(store_app, name="store")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An index, or a bare store.")]
+
+
+def main() -> None:
+    """Entry point of ``kvlink``."""
+    app()
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the demo's index is kept; default: the user cache.")
+    ] = None,
+) -> None:
+    """Ask questions about five Wikipedia articles, with chunk reuse and with full prefill."""
+    _prepare()
+    from kvlink_rag.demo import run
+
+    run(folder)
+
+
+@app.command()
+def index(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Text, Markdown and PDF files, folders.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The index' folder.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub id, folder or GGUF file. Default: as before, or a small one."),
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens in a chunk. Default: as before, or 256.")
+    ] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option(help="Most tokens repeated from the chunk before. Default: as before, or 32."),
+    ] = None,
+) -> None:
+    """Bring an index up to date: index what changed, remove what vanished."""
+    _prepare()
+    from kvlink_rag.index_catalog import IndexCatalog
+    from kvlink_rag.index_check import is_index
+    from kvlink_rag.ingest import make_plan
+
+    known: dict[str, str] = {}
+    recorded: dict[str, str] = {}
+    if is_index(out):
+        catalog = IndexCatalog(out)
+        recorded = catalog.sources()
+        names = ("model", "model_name", "chunk_tokens", "overlap")
+        known = {name: value for name in names if (value := catalog.meta(name))}
+        catalog.close()
+    splitting = _splitting(out, known, model, chunk_tokens, overlap)
+    plan = make_plan(paths, recorded, splitting)
+    if not recorded and not plan.changed:
+        _list_skipped(plan.skipped)
+        raise InputError(f"nothing to index: no text, Markdown or PDF in {', '.join(paths)}")
+    summary = _update(out, plan, splitting)
+    _list_summary(out, summary)
+
+
+def _splitting(
+    out: Path, known: dict[str, str], model: str | None, tokens: int | None, overlap: int | None
+) -> Splitting:
+    """The settings given, else those that the index was made with, else the defaults."""
+    from kvlink_rag.ingest import Splitting
+    from kvlink_rag.models import DEFAULT_MODEL
+
+    before = known.get("model") or known.get("model_name")
+    if model is not None and Path(model).expanduser().exists():
+        model = os.path.abspath(Path(model).expanduser())  # the index may be used from anywhere
+    if model and before and model != before:
+        raise IndexMismatchError(
+            f"{out} was made with the model {before}: leave --model out, or index into another "
+            f"folder for {model}"
+        )
+    return Splitting(
+        tokens=tokens if tokens is not None else int(known.get("chunk_tokens", 256)),
+        overlap=overlap if overlap is not None else int(known.get("overlap", 32)),
+        model=model or before or DEFAULT_MODEL,
+    )
+
+
+def _update(out: Path, plan: Plan, splitting: Splitting) -> Summary:
+    """Carry a plan out; the model is loaded only when there is something to do."""
+    from kvlink_rag.ingest import Summary, carry_out, settle
+
+    if plan.nothing_to_do:
+        settle(out)
+        return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped)
+    from kvlink_rag.index import KVIndex
+
+    with KVIndex.open(out, _engine(splitting.model)) as opened:
+        settings = {"chunk_tokens": str(splitting.tokens), "overlap": str(splitting.overlap)}
+        opened.catalog.set_meta({"model": splitting.model, **settings})
+        return carry_out(plan, opened, splitting)
+
+
+@app.command()
+def ask(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An index.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    k: Annotated[int, typer.Option("-k", help="How many chunks to answer from.")] = 4,
+    strategy: Annotated[
+        Strategy, typer.Option(help="How the chunks get into the model.")
+    ] = "reuse",
+    stream: Annotated[bool, typer.Option(help="Print the answer while it is being made.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 128,
+    system: Annotated[str | None, typer.Option(help="Another system prompt.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+) -> None:
+    """Answer a question from an index, and list the sources."""
+    _prepare()
+    from kvlink_rag.index_catalog import IndexCatalog
+    from kvlink_rag.models import DEFAULT_MODEL
+
+    catalog = IndexCatalog(folder)
+    model = catalog.meta("model") or catalog.meta("model_name") or DEFAULT_MODEL
+    empty = len(catalog) == 0
+    catalog.close()
+    if empty:
+        raise InputError(f"{folder} holds no chunks: run kvlink index PATH... --out {folder} first")
+
+    from kvlink_rag.index import KVIndex
+
+    with KVIndex.open(folder, _engine(model)) as opened:
+        chunks = opened.search(question, k)
+        answer = opened.engine.stream(
+            question,
+            chunks,
+            strategy=strategy,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+        )
+        for piece in answer:
+            if stream:
+                typer.echo(piece, nl=False)
+        typer.echo("" if stream else answer.text)
+    _list_sources(chunks, answer.report)
+
+
+@store_app.command()
+def stat(folder: Folder) -> None:
+    """Count chunks, caches and bytes."""
+    from kvlink_rag.index_check import is_index, stat_index
+
+    if is_index(folder):
+        index_stat = stat_index(folder)
+        typer.echo(f"model        {index_stat.model_name or 'none yet'}")
+        typer.echo(f"embeddings   {index_stat.embedding_name or 'none yet'}")
+        typer.echo(f"files        {index_stat.sources}")
+        typer.echo(f"chunks       {index_stat.chunks}")
+        typer.echo(f"text+vectors {_size(index_stat.nbytes)}")
+        _print_stat(index_stat.caches)
+    else:
+        with _bare_store(folder) as store:
+            _print_stat(store.stat())
+
+
+@store_app.command()
+def verify(folder: Folder) -> None:
+    """Check everything that is stored; exit code 1 when something is damaged or left over."""
+    from kvlink_rag.index_check import is_index, verify_index
+
+    with _progress("Verifying") as progress:
+        if is_index(folder):
+            check = verify_index(folder, progress)
+        else:
+            with _bare_store(folder) as store:
+                check = store.verify(progress)
+    _print_check(check, "")
+    if not check.clean:
+        _complain(f"not clean: kvlink store prune {folder} removes this; caches are recomputed")
+        raise typer.Exit(1)
+    typer.echo(f"clean: {check.checked} checked")
+
+
+@store_app.command()
+def prune(folder: Folder) -> None:
+    """Remove what verify reports, and caches that no document refers to."""
+    from kvlink_rag.index_check import is_index, prune_index
+
+    with _progress("Pruning") as progress:
+        if is_index(folder):
+            check = prune_index(folder, progress)
+        else:
+            with _bare_store(folder) as store:
+                check = store.prune(progress)
+    _print_check(check, "removed ")
+    kinds = (check.corrupt, check.orphans, check.missing, check.unreferenced)
+    typer.echo(f"{check.checked} checked, {sum(map(len, kinds))} removed")
+
+
+def _engine(model: str) -> KVLinkEngine:
+    from kvlink_rag.engine import KVLinkEngine
+    from kvlink_rag.progress import quiet_libraries
+
+    quiet_libraries()
+    return KVLinkEngine.from_pretrained(model)
+
+
+@contextmanager
+def _bare_store(folder: Path) -> Iterator[FolderStore]:
+    """An existing store; a mistyped folder must not become one."""
+    from kvlink_rag.store import FolderStore
+
+    if not any((folder / name).exists() for name in ("catalog.sqlite", "chunks")):
+        raise InputError(f"{folder} is neither an index nor a store of chunk caches")
+    store = FolderStore(folder)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for ``(files checked, files in all)``."""
+    from kvlink_rag.progress import bar
+
+    with bar(description, 1.0, unit="share") as done:
+        yield lambda checked, total: done(checked / max(total, 1))
+
+
+def _prepare() -> None:
+    """Quiet libraries, and our warnings as one line each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, KVLinkWarning):
+            _complain(f"warning: {_one_line(message)}")
+
+    warnings.showwarning = show
+
+
+def _list_summary(out: Path, summary: Summary) -> None:
+    _list("added", summary.added)
+    _list("changed", summary.changed)
+    _list("removed", summary.removed)
+    _list("note", [f"{path}: {note}" for path, note in summary.notes])
+    _list_skipped(summary.skipped)
+    typer.echo(
+        f"{out}: {len(summary.added)} added, {len(summary.changed)} changed, "
+        f"{summary.unchanged} unchanged, {len(summary.removed)} removed, "
+        f"{len(summary.skipped)} skipped ({summary.chunks} chunks indexed)"
+    )
+
+
+def _list_skipped(skipped: list[Skipped]) -> None:
+    _list("skipped", [f"{skip.path}: {skip.reason}" for skip in skipped], err=True)
+
+
+def _list(word: str, lines: list[str], err: bool = False) -> None:
+    for line in lines[:MOST_LISTED]:
+        typer.echo(f"{word:<8} {line}", err=err)
+    if len(lines) > MOST_LISTED:
+        typer.echo(f"{word:<8} ... and {len(lines) - MOST_LISTED} more", err=err)
+
+
+def _list_sources(chunks: list[ScoredChunk], report: Report) -> None:
+    console = Console(highlight=False)
+    console.print()
+    for rank, chunk in enumerate(chunks, 1):
+        source = chunk.metadata.get("source", chunk.document_id)
+        part = f" part {chunk.metadata['part']}" if "part" in chunk.metadata else ""
+        line = f"[{rank}] {chunk.title or ''}  {source}{part}  ({chunk.score:.2f})"
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(
+        f"{report.strategy}: TTFT {report.ttft_s * 1000:.0f} ms, "
+        f"{report.hits} hits, {report.misses} misses, "
+        f"{report.reused_tokens} tokens reused, {report.computed_tokens} computed, "
+        f"{_size(report.bytes_read)} read",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _print_stat(stat: StoreStat) -> None:
+    typer.echo(f"caches       {stat.entries} ({stat.tokens} tokens, {_size(stat.nbytes)})")
+    typer.echo(f"in use by    {stat.documents} documents ({stat.unreferenced} caches by none)")
+
+
+def _print_check(check: StoreCheck, prefix: str) -> None:
+    for kind in ("corrupt", "orphans", "missing", "unreferenced"):
+        _list(f"{prefix}{kind}", getattr(check, kind))
+
+
+def _size(nbytes: int) -> str:
+    size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _complain(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _one_line(error: Warning | BaseException | str) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

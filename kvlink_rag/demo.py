@@ -1,0 +1,184 @@
+"""``kvlink demo``: questions answered with chunk reuse and with full prefill, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from kvlink_rag.documents import MARKDOWN, find_files
+from kvlink_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from kvlink_rag.engine import Answer, KVLinkEngine
+    from kvlink_rag.index import KVIndex
+
+QUESTIONS = (
+    "What are the three major types of rock?",
+    "Who was the first person to walk on the Moon?",
+    "When did the 1973 oil crisis begin?",
+    "What are the agents detected by the immune system called?",
+    "When was the great plague of London?",
+    "Which country was attacked by Egypt and Syria on October 6, 1973?",
+)
+WARM_UP = "What is this collection of articles about?"
+
+CHUNKS_PER_QUESTION = 10
+"""Makes prompts of about 2,000 tokens."""
+
+MAX_NEW_TOKENS = 48
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Result:
+    """One question's two answers."""
+
+    question: str
+    reuse: Answer
+    full: Answer
+
+    @property
+    def ratio(self) -> float:
+        """How many times sooner the first token came with reuse."""
+        return self.full.report.ttft_s / self.reuse.report.ttft_s
+
+
+def run(folder: Path | None = None) -> None:
+    """Fetch the models, build or reuse the index, ask, and print.
+
+    Args:
+        folder: the index; None keeps it in the user's cache folder.
+
+    Raises:
+        ModelNotFoundError: the default models cannot be had.
+        StoreError: the folder cannot be used.
+    """
+    from kvlink_rag import models
+    from kvlink_rag.index import KVIndex
+    from kvlink_rag.progress import quiet_libraries
+
+    console = Console(width=min(WIDTH, Console().width), highlight=False)
+    folder = models.cache_dir() / "demo-index" if folder is None else folder
+    quiet_libraries()
+    for model in (models.DEFAULT_MODEL, models.DEFAULT_EMBEDDINGS):
+        models.resolve(model)
+    with console.status(f"Loading {models.DEFAULT_MODEL}"):
+        engine = _load()
+    with KVIndex.open(folder, engine) as index:
+        update(index)
+        _introduce(console, index, folder)
+        _warm_up(console, index)
+        results = []
+        for number, question in enumerate(QUESTIONS, 1):
+            with console.status(f"Question {number} of {len(QUESTIONS)}"):
+                result = ask(index, question)
+            results.append(result)
+            console.print(_show(number, result))
+    console.print(_summary(results))
+
+
+def corpus_files() -> list[Path]:
+    """The articles: in the repository's ``examples/corpus``, or inside the installed package."""
+    here = Path(__file__).resolve().parent
+    for folder in (here.parent / "examples" / "corpus", here / "_corpus"):
+        if folder.is_dir():
+            files = [f for f in find_files([folder]) if f.suffix in MARKDOWN]
+            return [file for file in files if file.name != "ATTRIBUTION.md"]
+    raise InputError(f"the demo's articles are missing beside {here}: reinstall kvlink-rag")
+
+
+def update(index: KVIndex) -> None:
+    """Index the articles that the index does not have yet."""
+    from kvlink_rag.ingest import Plan, Splitting, carry_out
+
+    splitting = Splitting(model=index.engine.name)
+    recorded = index.catalog.sources()
+    plan = Plan()
+    for file in corpus_files():
+        same = recorded.get(file.name) == splitting.digest(file.read_bytes())
+        (plan.unchanged if same else plan.changed).append(file)
+    names = {file.name for file in (*plan.unchanged, *plan.changed)}
+    plan.vanished = sorted(set(recorded) - names)
+    # by name, not by path: another checkout finds the same index
+    carry_out(plan, index, splitting, name=lambda file: file.name)
+
+
+def ask(index: KVIndex, question: str) -> Result:
+    """One question, answered twice from the same chunks."""
+    chunks = index.search(question, CHUNKS_PER_QUESTION)
+    reuse, full = (
+        index.engine.answer(
+            question, chunks, strategy=strategy, max_new_tokens=MAX_NEW_TOKENS, stop="\n\n"
+        )
+        for strategy in ("reuse", "full")
+    )
+    return Result(question, reuse, full)
+
+
+def _load() -> KVLinkEngine:
+    from kvlink_rag import models
+    from kvlink_rag.engine import KVLinkEngine
+
+    return KVLinkEngine.from_pretrained(models.DEFAULT_MODEL)
+
+
+def _introduce(console: Console, index: KVIndex, folder: Path) -> None:
+    stat = index.stat()
+    console.print(
+        f"[bold]{stat.sources} Wikipedia articles[/bold] in {stat.chunks} chunks, "
+        f"{stat.caches.nbytes / 1e6:.0f} MB of chunk caches, answered by {stat.model_name}."
+    )
+    console.print(f"Index: {folder}", style="dim", markup=False, soft_wrap=True)
+
+
+def _warm_up(console: Console, index: KVIndex) -> None:
+    with console.status("Warming up"):
+        ask(index, WARM_UP)
+    console.print(
+        f"One question was asked untimed to warm up. Each prompt below holds "
+        f"{CHUNKS_PER_QUESTION} chunks; decoding is greedy. TTFT is the time to the first token.",
+        style="dim",
+    )
+    console.print()
+
+
+def _show(number: int, result: Result) -> Group:
+    """A question with its answers and times."""
+    table = Table(box=None, show_header=False, padding=(0, 1), expand=True)
+    table.add_column(style="bold", width=6)
+    table.add_column(justify="right", width=9, no_wrap=True)
+    table.add_column(ratio=1)
+    for name, answer in (("reuse", result.reuse), ("full", result.full)):
+        table.add_row(name, _ms(answer.report.ttft_s), Text(" ".join(answer.text.split())))
+    report = result.reuse.report
+    cost = (
+        f"first token [bold green]{result.ratio:.1f}x sooner[/bold green][dim] · "
+        f"{report.hits} hits, {report.misses} misses · prompt {report.context_tokens} tokens, "
+        f"{report.computed_tokens} computed[/dim]"
+    )
+    return Group(Text(f"{number}. {result.question}", style="bold cyan"), table, f"  {cost}", "")
+
+
+def _summary(results: list[Result]) -> Panel:
+    reuse = median(result.reuse.report.ttft_s for result in results)
+    full = median(result.full.report.ttft_s for result in results)
+    ratio = median(result.ratio for result in results)
+    hits = sum(result.reuse.report.hits for result in results)
+    misses = sum(result.reuse.report.misses for result in results)
+    return Panel(
+        f"Median TTFT of {len(results)} questions: [bold]{_ms(reuse)}[/bold] with chunk reuse, "
+        f"[bold]{_ms(full)}[/bold] with full prefill: "
+        f"[bold green]{ratio:.1f}x sooner[/bold green]. {hits} hits, {misses} misses.",
+        title="Summary",
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f} ms"
