@@ -12,12 +12,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from kvlink_rag.chunk import FORMAT_VERSION
 from kvlink_rag.errors import UnsupportedModelError
@@ -36,13 +36,30 @@ MASKABLE = frozenset({"sdpa", "eager"})
 # Config entries that do not change what a model computes.
 _NOT_IDENTITY = frozenset(
     {
-        "_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "use_cache",
-        "dtype", "torch_dtype", "id2label", "label2id", "output_attentions",
-        "output_hidden_states", "return_dict", "bos_token_id", "eos_token_id", "pad_token_id",
-        "unk_token_id", "problem_type", "initializer_range", "_attn_implementation",
-        "attention_dropout", "quantization_config", "chunk_size_feed_forward",
+        "_name_or_path",
+        "_model_name_or_path",
+        "transformers_version",
+        "architectures",
+        "use_cache",
+        "dtype",
+        "torch_dtype",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "problem_type",
+        "initializer_range",
+        "_attn_implementation",
+        "attention_dropout",
+        "quantization_config",
+        "chunk_size_feed_forward",
     }
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +134,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.cpu().contiguous().view(-1)
         if flat.numel():
-            weights.update(flat.view(torch.uint8).numpy())
+            weights.update(flat.view(torch.uint8).numpy().data)
     identity = {
         "format": FORMAT_VERSION,
         "class": type(model).__name__,
@@ -257,7 +274,7 @@ def _probe_cache(
     model: PreTrainedModel, name: str, start: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per layer the keys and values of a few tokens that stand at ``start``."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary: int = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
     token_ids = torch.arange(7, device=model.device)[None] * 31 % vocabulary
     cache = DynamicCache()
     positions = torch.arange(start, start + token_ids.shape[1], device=model.device)[None]
@@ -265,13 +282,14 @@ def _probe_cache(
         model.get_decoder()(
             input_ids=token_ids, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        layers = cast("list[CacheLayerMixin]", cache.layers)
+        pairs = [(layer.keys, layer.values) for layer in layers]
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise _refuse(
             name, f"its forward pass does not take a cache and positions ({error})"
         ) from error
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    if len(pairs) != layers or any(k is None or k.dim() != 4 or v is None for k, v in pairs):
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    if len(pairs) != count or any(k is None or k.dim() != 4 or v is None for k, v in pairs):
         raise _refuse(name, "not every layer keeps keys and values of every token")
     return [(k, v) for k, v in pairs if k is not None and v is not None]
 

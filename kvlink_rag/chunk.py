@@ -115,7 +115,7 @@ class ChunkKV:
 
 
 def chunk_key(fingerprint: str, behind: Sequence[int], token_ids: Sequence[int]) -> str:
-    """SHA-256 (64 hex digits) over the format, the model, what a chunk is behind, and its tokens."""
+    """SHA-256 (64 hex digits) over format, model, what the chunk is behind, and its tokens."""
     parts = (
         f"kvlink-rag {FORMAT_VERSION}",
         fingerprint,

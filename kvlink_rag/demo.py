@@ -23,9 +23,9 @@ QUESTIONS = (
     "What are the three major types of rock?",
     "Who was the first person to walk on the Moon?",
     "When did the 1973 oil crisis begin?",
-    "What are the agents detected by the immune system called?",
+    "Which bacterium caused the Black Death?",
+    "What was the name of the rocket that launched the Apollo missions to the Moon?",
     "When was the great plague of London?",
-    "Which country was attacked by Egypt and Syria on October 6, 1973?",
 )
 WARM_UP = "What is this collection of articles about?"
 
@@ -112,7 +112,8 @@ def update(index: KVIndex) -> None:
 
 def ask(index: KVIndex, question: str) -> Result:
     """One question, answered twice from the same chunks."""
-    chunks = index.search(question, CHUNKS_PER_QUESTION)
+    # the best chunk last, nearest to the question: a small model answers better so
+    chunks = index.search(question, CHUNKS_PER_QUESTION)[::-1]
     reuse, full = (
         index.engine.answer(
             question, chunks, strategy=strategy, max_new_tokens=MAX_NEW_TOKENS, stop="\n\n"

@@ -137,10 +137,14 @@ def _decode(data: bytes) -> tuple[str | None, str]:
         return None, ""
     from charset_normalizer import from_bytes
 
-    best = from_bytes(data).best()
-    if best is None or not _looks_like_text(str(best)):
+    matches = from_bytes(data)
+    best = matches.best()
+    if best is None:
         return None, ""
-    return str(best), best.encoding
+    # Of Western European texts the detector often takes a rarer code page (Baltic for French).
+    western = any("cp1252" in match.could_be_from_charset for match in matches)
+    text, encoding = (data.decode("cp1252"), "cp1252") if western else (str(best), best.encoding)
+    return (text if _looks_like_text(text) else None), encoding
 
 
 def _looks_like_text(text: str) -> bool:

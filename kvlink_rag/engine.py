@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ class KVLinkEngine:
         self.strategy = _check_strategy(strategy)
         self.recompute_tokens = recompute_tokens
         self._encoder = Encoder(model, self.architecture)
-        self._batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
+        self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self._stop_ids = stop_ids(model, tokenizer)
         self._model_lock = threading.RLock()
 
@@ -221,7 +221,7 @@ class KVLinkEngine:
             self.store.put(record, documents)
 
     def _encode(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, ChunkKV]]]:
-        batches = self._encoder.encode(texts, self.behind, max_batch_tokens=self._batch_tokens)
+        batches = self._encoder.encode(texts, self.behind, max_batch_tokens=self.batch_tokens)
         while True:
             with self._model_lock:
                 batch = next(batches, None)
@@ -348,7 +348,7 @@ class KVLinkEngine:
         return [(record, owners.get(record.token_ids, [])) for record in computed.values()]
 
     def _load(self, wanted: Iterable[_Wanted]) -> dict[_Wanted, ChunkKV | None]:
-        """Records from the store, compared with what was asked for: a digest alone is not trusted."""
+        """Records from the store, compared with what was asked for: no digest is trusted alone."""
         found: dict[_Wanted, ChunkKV | None] = {}
         for text, behind in wanted:
             record = self.store.get(chunk_key(self.fingerprint, behind, text)) if text else None
@@ -370,7 +370,7 @@ class KVLinkEngine:
             texts = [text for text, its in missing if its == behind and text]
             with self._model_lock:
                 for batch in self._encoder.encode(
-                    texts, behind, max_batch_tokens=self._batch_tokens
+                    texts, behind, max_batch_tokens=self.batch_tokens
                 ):
                     computed |= {(texts[i], behind): record for i, record in batch}
         return computed
@@ -551,13 +551,14 @@ class AnswerStream:
         token = sampler.choose(prefill.logits)
         report.sample_s, report.ttft_s = sampling.total(), watch.total()
         tokens = engine._tokens(prefill, sampler, token, settings.max_new_tokens)
-        for piece in self._text_pieces(tokens):
+        pieces = self._text_pieces(tokens)
+        try:
+            piece = next(pieces)
             if piece:
                 yield piece
-            # Storing what was missing waits until the first piece is with the user.
-            if computed:
-                engine._keep(computed)
-                computed = []
+        finally:  # storing what was missing waits for the first piece, not for a reader who left
+            engine._keep(computed)
+        yield from filter(None, pieces)
         report.new_tokens = len(self.token_ids)
         report.total_s = watch.total()
 
@@ -589,7 +590,7 @@ def _check_strategy(strategy: str) -> Strategy:
         )
     if strategy not in get_args(Strategy):
         raise InputError(f"strategy must be one of {get_args(Strategy)}, not {strategy!r}")
-    return strategy
+    return cast("Strategy", strategy)
 
 
 def _settings(settings: dict[str, Any]) -> GenerateSettings:

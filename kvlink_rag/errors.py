@@ -1,4 +1,4 @@
-"""Errors and warnings of kvlink_rag. Each message says what was wrong, with which value, and what to do."""
+"""Errors and warnings. Each message says what was wrong, with which value, and what to do."""
 
 
 class KVLinkError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +74,8 @@ class Sampler:
         if self._warpers is None:
             return int(logits.argmax())
         rows = logits[None].float()
-        warped = self._warpers(torch.empty((1, 0), dtype=torch.long, device=rows.device), rows)
+        no_tokens = cast("torch.LongTensor", torch.empty((1, 0), dtype=torch.long))
+        warped = self._warpers(no_tokens, cast("torch.FloatTensor", rows))
         return int(torch.multinomial(warped.softmax(-1), 1, generator=self._generator))
 
 

@@ -23,7 +23,7 @@ class _ContextLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.buffer_keys = keys  # [batch, kv_heads, capacity, head_dim]
         self.buffer_values = values
         self.keys, self.values = keys[:, :, :0], values[:, :, :0]
@@ -108,12 +108,11 @@ class ContextCache(Cache):
         shape = (layers, batch, kv_heads, capacity)
         self.key_buffer = torch.empty((*shape, head_dim), dtype=dtype, device=device)
         self.value_buffer = torch.empty((*shape, value_dim), dtype=dtype, device=device)
-        super().__init__(
-            layers=[
-                _ContextLayer(self.key_buffer[layer], self.value_buffer[layer])
-                for layer in range(layers)
-            ]
-        )
+        self._layers = [
+            _ContextLayer(self.key_buffer[layer], self.value_buffer[layer])
+            for layer in range(layers)
+        ]
+        super().__init__(layers=list(self._layers))
 
     @property
     def capacity(self) -> int:
@@ -122,12 +121,12 @@ class ContextCache(Cache):
 
     def set_length(self, length: int) -> None:
         """Declare the first ``length`` tokens valid."""
-        for layer in self.layers:
+        for layer in self._layers:
             layer.set_length(length)
 
     def set_scatter(self, positions: torch.Tensor | None) -> None:
         """Let the next forward pass write to these positions instead of behind the last token."""
-        for layer in self.layers:
+        for layer in self._layers:
             layer.scatter = positions
 
     def place(self, record: ChunkKV, start: int, groups: Sequence[RopeGroup]) -> None:

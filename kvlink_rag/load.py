@@ -30,20 +30,30 @@ def load(
         InputError: a setting has no meaning.
     """
     if isinstance(source, tuple):
-        model, tokenizer = source
-        if isinstance(device, torch.device) or device != "auto":
-            model.to(_device(device))  # type: ignore[arg-type]
-        if dtype != "auto":
-            model.to(_dtype(dtype))
-        return model.eval(), tokenizer, model.config._name_or_path or type(model).__name__
+        return _in_memory(*source, device, dtype)
     place = resolve(str(source))
-    number_type = "auto" if dtype == "auto" else _dtype(dtype)
     if place.endswith(".gguf"):
-        default = torch.bfloat16 if number_type == "auto" else number_type
-        model, tokenizer = load_gguf(Path(place), default)
+        dense = torch.bfloat16 if dtype == "auto" else _dtype(dtype)
+        model, tokenizer = load_gguf(Path(place), dense)
     else:
+        number_type = "auto" if dtype == "auto" else _dtype(dtype)
         model, tokenizer = _from_pretrained(place, str(source), number_type)
     return model.to(_device(device)).eval(), tokenizer, str(source)
+
+
+def _in_memory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The user's own objects; `auto` leaves them where and as they are."""
+    module: torch.nn.Module = model
+    if device != "auto":
+        module.to(_device(device))
+    if dtype != "auto":
+        module.to(_dtype(dtype))
+    return model.eval(), tokenizer, model.config._name_or_path or type(model).__name__
 
 
 def _from_pretrained(place: str, name: str, dtype: Any) -> tuple[Any, Any]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -24,7 +24,8 @@ EncodeBehind = Literal["system", "header", "alone"]
 """What chunks are encoded behind: the default system prefix, the bare chat header, or nothing."""
 
 _SYSTEM, _CHUNKS, _QUESTION = "KVLINK0SYSTEM0", "KVLINK0CHUNKS0", "KVLINK0QUESTION0"
-_FIXED_DATE = datetime(2024, 1, 1)
+_FIXED_DATE = "01 Jan 2024"
+_FIXED_DATE_MACRO = f"{{%- macro strftime_now(style) -%}}{_FIXED_DATE}{{%- endmacro -%}}"
 
 
 def render_chunk(chunk: Chunk) -> str:
@@ -73,7 +74,7 @@ class PromptLayout:
         self._parts = lru_cache(maxsize=64)(self._render_parts)
 
     def prefix(self, system: str | None = None) -> list[int]:
-        """Token ids before the first chunk; ``system`` replaces the model's default system prompt."""
+        """Token ids before the first chunk; ``system`` replaces the default system prompt."""
         before, _ = self._parts(system is not None, False)
         return self._ids(before, system or "")
 
@@ -93,9 +94,10 @@ class PromptLayout:
         return self.encode_text(render_chunk(chunk))
 
     def behind(self, mode: EncodeBehind) -> list[int]:
-        """Token ids that chunks are encoded behind; they do not change with the user's system prompt,
+        """Token ids that chunks are encoded behind.
 
-        nor with the day's date that some chat templates insert.
+        They change neither with the user's system prompt nor with the day's date that some chat
+        templates insert.
         """
         if mode == "alone":
             return []
@@ -110,7 +112,7 @@ class PromptLayout:
             # Added tokens that are not flagged special (tool or thinking marks) are matched even
             # so: encode the text in pieces that break each of them after its first character.
             cuts = [0, *(m.start() + 1 for m in self._control_pattern.finditer(text)), len(text)]
-            pieces = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+            pieces = [text[a:b] for a, b in pairwise(cuts)]
             ids = [i for p in pieces for i in self._encode(p, split_special_tokens=True)]
         return ids
 
@@ -153,10 +155,9 @@ class PromptLayout:
             return f"{bos if starts_with_bos else ''}{system}{user}\nAnswer:"
         options = dict(self.template.options)
         if fixed_date:
-            options |= {
-                "strftime_now": _FIXED_DATE.strftime,
-                "date_string": _FIXED_DATE.strftime("%d %b %Y"),
-            }
+            # Some templates print today's date: a macro of that name hides transformers' function.
+            template = _FIXED_DATE_MACRO + self.tokenizer.get_chat_template()
+            options |= {"chat_template": template, "date_string": _FIXED_DATE}
         messages = [{"role": "user", "content": user}]
         if not with_system:
             return self._apply(messages, options)

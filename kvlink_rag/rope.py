@@ -85,7 +85,7 @@ def shift_groups(
     inverse: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """:func:`rotate` over all layers: ``keys`` and ``out`` are ``[layers, ..., tokens, head_dim]``."""
+    """:func:`rotate` over all layers; ``keys`` and ``out``: ``[layers, ..., tokens, head_dim]``."""
     if out is None:
         out = torch.empty_like(keys)
     for group in groups:

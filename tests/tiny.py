@@ -93,9 +93,7 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "phi": lambda: hf.PhiConfig(**SIZES),
     "smollm3": lambda: hf.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1, 0]),
 }
-TAKES_MASK_BY_LAYER_TYPE = {
-    "qwen2", "qwen2-sliding", "qwen3", "gemma2", "gemma3", "smollm3"
-}  # fmt: skip
+TAKES_MASK_BY_LAYER_TYPE = {"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3"}
 
 
 @cache
@@ -136,8 +134,8 @@ class Reference:
     are recomputed later (the rest of the chunk was encoded with the first version of those).
     """
 
-    def __init__(self, name: str, prefill: Prefill) -> None:
-        self.name, self.model = name, model(name)
+    def __init__(self, prefill: Prefill) -> None:
+        self.model = prefill.model
         self.nodes: list[_Node] = []
         self.sees: list[list[int]] = []
         main: list[int] = []
@@ -175,18 +173,16 @@ class Reference:
         if window is not None:
             positions = torch.tensor([node.position for node in self.nodes])
             seen &= positions[:, None] - positions[None] < window
-        mask = torch.full((size, size), torch.finfo(torch.float32).min)
+        mask = torch.full((size, size), torch.finfo(self.model.dtype).min, dtype=self.model.dtype)
         return mask.masked_fill_(seen, 0.0)[None, None]
 
     @torch.inference_mode()
     def logits(self) -> torch.Tensor:
         """Of the last token, ``[vocab]``."""
-        window = getattr(self.model.config, "sliding_window", None)
-        mask: Any = self.mask(window)
-        if self.name in TAKES_MASK_BY_LAYER_TYPE:
+        config = self.model.config
+        mask: Any = self.mask(getattr(config, "sliding_window", None))
+        if config.model_type in TAKES_MASK_BY_LAYER_TYPE:
             mask = {"full_attention": self.mask(None), "sliding_attention": mask}
-        elif self.name not in ("mistral", "phi3-sliding"):
-            mask = self.mask(None)
         return self.model(
             input_ids=torch.tensor([[node.token for node in self.nodes]]),
             position_ids=torch.tensor([[node.position for node in self.nodes]]),

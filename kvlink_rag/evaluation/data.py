@@ -1,4 +1,4 @@
-"""Question sets: gzipped JSON lines ``{"question", "answers", "docs": [{"title", "text", "gold"}]}``."""
+"""Question sets: gzipped JSON lines, a question with its answers and its documents on each."""
 
 from __future__ import annotations
 

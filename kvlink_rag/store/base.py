@@ -45,7 +45,7 @@ class KVStore(Protocol):
     """A place for chunk caches. Safe to use from several threads."""
 
     def get(self, key: str) -> ChunkKV | None:
-        """The cache under ``key``, checksum verified; None when absent or (after a warning) corrupt."""
+        """The cache under ``key``, checksum verified; None if absent or (warned) corrupt."""
 
     def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
         """Store under ``record.key``, wholly or not at all, and let ``documents`` refer to it.
@@ -76,7 +76,7 @@ class KVStore(Protocol):
         """Check everything that is stored; changes nothing."""
 
     def prune(self) -> StoreCheck:
-        """Remove what ``verify`` would report: corrupt, orphaned, missing and unreferenced entries."""
+        """Remove what ``verify`` reports: corrupt, orphaned, missing and unreferenced entries."""
 
     def close(self) -> None:
         """Flush and let go of files; the store can not be used afterwards."""

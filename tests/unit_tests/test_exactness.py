@@ -29,9 +29,9 @@ CASES = {
 }
 
 
-def check(name: str, engine, chunks, **options) -> None:
+def check(engine, chunks, **options) -> None:
     prefill = engine.prefill(QUESTION, chunks, **options)
-    reference = tiny.Reference(name, prefill)
+    reference = tiny.Reference(prefill)
     torch.testing.assert_close(prefill.logits, reference.logits(), atol=TOLERANCE, rtol=0)
 
 
@@ -42,13 +42,13 @@ def test_reuse_is_one_block_masked_forward_pass(name, case):
     engine.index(CASES[case], progress=False)
     prefill = engine.prefill(QUESTION, CASES[case])
     assert prefill.report.hits == len(CASES[case])
-    check(name, engine, CASES[case])
+    check(engine, CASES[case])
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_recompute_is_one_block_masked_forward_pass(name, case):
-    check(name, tiny.engine(name), CASES[case], strategy="recompute", recompute_tokens=5)
+    check(tiny.engine(name), CASES[case], strategy="recompute", recompute_tokens=5)
 
 
 @pytest.mark.parametrize("behind", ["alone", "header", "system"])
@@ -60,15 +60,15 @@ def test_every_prefix_behind_the_chunks(name, behind):
         # A system prompt shorter than what chunks are encoded behind puts private copies at
         # negative positions: RoPE is relative, it must not matter.
         for system in (None, "x", "Another, much longer system prompt than the default."):
-            check(name, engine, TEXTS, strategy=strategy, system=system)
+            check(engine, TEXTS, strategy=strategy, system=system)
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_chunks_of_one_token(name, monkeypatch):
     engine = tiny.engine(name)
     monkeypatch.setattr(engine.layout, "chunk", lambda chunk: [ord(chunk.text)])
-    check(name, engine, list("abcab"))
-    check(name, engine, list("abcab"), strategy="recompute", recompute_tokens=1)
+    check(engine, list("abcab"))
+    check(engine, list("abcab"), strategy="recompute", recompute_tokens=1)
 
 
 @pytest.mark.parametrize("strategy", ["reuse", "recompute"])
@@ -77,7 +77,7 @@ def test_twenty_greedy_tokens(name, strategy):
     engine = tiny.engine(name, recompute_tokens=5)
     engine._stop_ids = frozenset()
     answer = engine.answer(QUESTION, TEXTS, strategy=strategy, max_new_tokens=20)
-    reference = tiny.Reference(name, engine.prefill(QUESTION, TEXTS, strategy=strategy))
+    reference = tiny.Reference(engine.prefill(QUESTION, TEXTS, strategy=strategy))
     for token in answer.token_ids:
         assert token == int(reference.logits().argmax())
         reference.append(token)
@@ -129,12 +129,12 @@ def test_these_tests_can_fail(name):
     reuse = engine.prefill(QUESTION, TEXTS)
     full = engine.prefill(QUESTION, TEXTS, strategy="full")
     assert (reuse.logits - full.logits).abs().max() > 100 * TOLERANCE
-    reference = tiny.Reference(name, reuse)
+    reference = tiny.Reference(reuse)
     for node in reference.nodes:
         node.position -= 3 * (node.owner == 1)  # one chunk's private copy in the wrong place
     assert (reuse.logits - reference.logits()).abs().max() > 10 * TOLERANCE
     if getattr(tiny.model(name).config, "sliding_window", None):
-        windowless = tiny.Reference(name, reuse)
+        windowless = tiny.Reference(reuse)
         mask = windowless.mask(None)
         windowless.mask = lambda window: mask  # type: ignore[method-assign]
         assert (reuse.logits - windowless.logits()).abs().max() > 100 * TOLERANCE
