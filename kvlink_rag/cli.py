@@ -230,12 +230,12 @@ def verify(folder: Folder) -> None:
     """Check everything that is stored; exit code 1 when something is damaged or left over."""
     from kvlink_rag.index_check import is_index, verify_index
 
-    with _progress("Verifying") as progress:
-        if is_index(folder):
+    if is_index(folder):
+        with _progress("Verifying") as progress:
             check = verify_index(folder, progress)
-        else:
-            with _bare_store(folder) as store:
-                check = store.verify(progress)
+    else:
+        with _bare_store(folder) as store, _progress("Verifying") as progress:
+            check = store.verify(progress)
     _print_check(check, "")
     if not check.clean:
         _complain(f"not clean: kvlink store prune {folder} removes this; caches are recomputed")
@@ -248,12 +248,12 @@ def prune(folder: Folder) -> None:
     """Remove what verify reports, and caches that no document refers to."""
     from kvlink_rag.index_check import is_index, prune_index
 
-    with _progress("Pruning") as progress:
-        if is_index(folder):
+    if is_index(folder):
+        with _progress("Pruning") as progress:
             check = prune_index(folder, progress)
-        else:
-            with _bare_store(folder) as store:
-                check = store.prune(progress)
+    else:
+        with _bare_store(folder) as store, _progress("Pruning") as progress:
+            check = store.prune(progress)
     _print_check(check, "removed ")
     kinds = (check.corrupt, check.orphans, check.missing, check.unreferenced)
     typer.echo(f"{check.checked} checked, {sum(map(len, kinds))} removed")

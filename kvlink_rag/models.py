@@ -99,7 +99,7 @@ def resolve(model: str, progress: bool = True) -> str:
             on disk nor to be fetched.
     """
     path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if (model and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return str(path)
     if model in WHEELS:
         return str(_resolve_default(model, progress))

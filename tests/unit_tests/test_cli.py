@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from pypdf import PdfWriter
+from typer.testing import CliRunner, Result
+
+from kvlink_rag import KVIndex, KVLinkEngine, demo
+from kvlink_rag.cli import app
+from kvlink_rag.index_catalog import IndexCatalog
+from kvlink_rag.index_check import verify_index
+from kvlink_rag.ingest import Splitting, make_plan
+
+
+class WordVectors:
+    """Embeddings that need no model: words counted by a hash."""
+
+    name = "words"
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        vectors = np.full((len(texts), 64), 1e-3, dtype=np.float32)
+        for row, text in enumerate(texts):
+            for word in text.lower().split():
+                vectors[row, zlib.crc32(word.strip(".,?").encode()) % 64] += 1
+        return vectors
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model on disk."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _small_embeddings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "model" not in request.keywords:
+        monkeypatch.setattr("kvlink_rag.index.SentenceEmbeddings", WordVectors)
+
+
+class Shell:
+    """Runs ``kvlink`` over a folder of documents and an index beside it."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        self.docs = folder / "docs"
+        self.docs.mkdir()
+        self.out = folder / "index"
+        self.model = model
+
+    def run(self, *arguments: str | Path, code: int = 0) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        assert "Traceback" not in result.output
+        return result
+
+    def index(self, *options: str, code: int = 0) -> Result:
+        arguments = ["--model", self.model, "--chunk-tokens", "120", "--overlap", "0", *options]
+        return self.run("index", self.docs, "--out", self.out, *arguments, code=code)
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.docs / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    @contextmanager
+    def catalog(self) -> Iterator[IndexCatalog]:
+        catalog = IndexCatalog(self.out)
+        yield catalog
+        catalog.close()
+
+    def state(self) -> tuple[Any, ...]:
+        """All that an index says: texts, files, and stored caches."""
+        with self.catalog() as catalog:
+            ids = sorted(catalog.ids())
+            texts = [(c.id, c.text, c.title) for c in catalog.get(ids)]
+            sources = catalog.sources()
+        check = verify_index(self.out)
+        assert check.clean
+        caches = sorted(p.name for p in (self.out / "kv").rglob("*.safetensors"))
+        return texts, sources, caches
+
+
+@pytest.fixture
+def shell(tmp_path: Path, model_folder: str) -> Shell:
+    return Shell(tmp_path, model_folder)
+
+
+def paragraphs(word: str, count: int = 6) -> str:
+    return "\n\n".join(f"{word} paragraph {n} tells of {word} things." for n in range(count))
+
+
+def test_index_ask_and_store_from_end_to_end(shell: Shell) -> None:
+    shell.write("apples.md", "# Apples\n\n" + paragraphs("apple"))
+    shell.write("deep/pears.txt", paragraphs("pear"))
+    writer = PdfWriter()
+    writer.add_blank_page(100, 100)
+    writer.write(shell.docs / "scan.pdf")
+    result = shell.index()
+    assert "2 added, 0 changed, 0 unchanged, 0 removed, 1 skipped" in result.stdout
+    assert "scan.pdf: PDF without text" in result.stderr
+
+    answer = shell.run("ask", shell.out, "pear things?", "-k", "2", "--max-new-tokens", "5")
+    assert "[1]" in answer.stdout
+    assert "pears.txt part" in answer.stdout
+    assert "[3]" not in answer.stdout
+    assert "reuse: TTFT" in answer.stdout
+    assert "2 hits, 0 misses" in answer.stdout
+
+    assert "chunks" in shell.run("store", "stat", shell.out).stdout
+    assert "clean" in shell.run("store", "verify", shell.out).stdout
+    assert "checked" in shell.run("store", "prune", shell.out).stdout
+
+
+def test_streaming_and_not_streaming_print_the_same_answer(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    arguments = ("ask", shell.out, "apple?", "-k", "1", "--max-new-tokens", "8")
+    answers = [
+        shell.run(*arguments, way).stdout.rpartition("[1]")[0]
+        for way in ("--stream", "--no-stream")
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0].strip()
+
+
+def test_a_second_run_does_nothing_and_loads_no_model(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.write("b.bin.txt", "x\0y")
+    shell.index()
+    before = shell.state()
+    monkeypatch.setattr(KVLinkEngine, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    result = shell.index()
+    assert "0 added, 0 changed, 1 unchanged, 0 removed, 1 skipped" in result.stdout
+    assert shell.state() == before
+
+
+def test_only_the_changed_part_is_computed_and_what_vanished_is_removed(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = shell.write("changed.txt", paragraphs("apple", 12))
+    shell.write("same.txt", paragraphs("pear"))
+    vanished = shell.write("vanished.txt", paragraphs("plum"))
+    shell.index()
+    changed.write_text(changed.read_text().replace("paragraph 11", "paragraph eleven"))
+    vanished.unlink()
+    shell.write("new.txt", paragraphs("fig", 1))
+
+    computed: list[int] = []
+    index = KVLinkEngine.index
+
+    def counted(engine: KVLinkEngine, *arguments: Any, **options: Any) -> Any:
+        report = index(engine, *arguments, **options)
+        computed.append(report.misses)
+        return report
+
+    monkeypatch.setattr(KVLinkEngine, "index", counted)
+    result = shell.index()
+    assert "1 added, 1 changed, 1 unchanged, 1 removed, 0 skipped" in result.stdout
+    assert sum(computed) == 2
+    with shell.catalog() as catalog:
+        texts = [chunk.text for chunk in catalog.get(catalog.ids())]
+        assert set(catalog.sources()) == {str(p) for p in shell.docs.glob("*.txt")}
+    assert any("paragraph eleven" in text for text in texts)
+    assert not any("paragraph 11" in text or "plum" in text for text in texts)
+
+
+def test_a_moved_file_costs_no_encoding(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shell.write("one/notes.txt", paragraphs("apple"))
+    shell.index()
+    before = shell.state()
+    (shell.docs / "two").mkdir()
+    path.rename(shell.docs / "two" / "notes.txt")
+    monkeypatch.setattr(
+        "kvlink_rag.encode.Encoder.encode",
+        lambda self, texts, *a, **k: iter([]) if not texts else pytest.fail("encoded again"),
+    )
+    assert "1 added, 0 changed, 0 unchanged, 1 removed" in shell.index().stdout
+    assert shell.state()[2] == before[2]
+
+
+def test_files_outside_of_the_given_paths_stay(shell: Shell, tmp_path: Path) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    other = tmp_path / "other.txt"
+    other.write_text(paragraphs("pear"))
+    result = shell.run("index", other, "--out", shell.out)
+    assert "1 added, 0 changed, 0 unchanged, 0 removed" in result.stdout
+    other.unlink()
+    assert "1 removed" in shell.run("index", other, "--out", shell.out).stdout
+    with shell.catalog() as catalog:
+        assert list(catalog.sources()) == [str(shell.docs / "a.txt")]
+
+
+def test_a_file_that_becomes_binary_is_removed_and_one_that_cannot_be_read_stays(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell.write("binary.txt", paragraphs("apple"))
+    locked = shell.write("locked.txt", paragraphs("pear"))
+    shell.index()
+    shell.write("binary.txt", "x\0y")
+    read = Path.read_bytes
+
+    def denied(path: Path) -> bytes:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    result = shell.index()
+    assert "1 removed, 2 skipped" in result.stdout
+    assert "locked.txt: cannot be read: Permission denied" in result.stderr
+    with shell.catalog() as catalog:
+        assert list(catalog.sources()) == [str(locked)]
+
+
+def test_other_encodings_are_indexed_with_a_note(shell: Shell) -> None:
+    (shell.docs / "latin.txt").write_bytes("Le café était fermé à Noël.".encode("cp1252"))
+    result = shell.index()
+    assert "latin.txt: read as cp1252, it is not UTF-8" in result.stdout
+    with shell.catalog() as catalog:
+        assert [c.text for c in catalog.get(catalog.ids())] == ["Le café était fermé à Noël."]
+
+
+def test_settings_of_the_first_run_are_kept_and_other_ones_redo_the_files(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple", 20))
+    shell.index()
+    assert "1 unchanged" in shell.run("index", shell.docs, "--out", shell.out).stdout
+    result = shell.run("index", shell.docs, "--out", shell.out, "--chunk-tokens", "60")
+    assert "1 changed" in result.stdout
+    with shell.catalog() as catalog:
+        assert max(len(c.text) for c in catalog.get(catalog.ids())) <= 60
+
+
+def test_a_run_cut_off_after_any_commit_is_repaired_by_the_next(
+    shell: Shell, tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stops after commit 1, 2, 3, ... of an update, then runs undisturbed."""
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = Shell(tmp_path / "undisturbed", model_folder)
+    undisturbed.docs = shell.docs
+    expected = None
+    for stop in range(1, 30):
+        shell.out = tmp_path / f"index-{stop}"
+        for path in shell.docs.glob("*"):
+            path.unlink()
+        shell.write("a.txt", paragraphs("apple", 8))
+        shell.write("b.txt", paragraphs("pear", 4))
+        shell.write("c.txt", paragraphs("plum", 4))
+        shell.index()
+        shell.write("a.txt", paragraphs("apple", 4) + "\n\nSomething new at the end.")
+        (shell.docs / "b.txt").unlink()
+        shell.write("d.txt", paragraphs("fig", 2))
+        if expected is None:
+            undisturbed.index()
+            expected = undisturbed.state()
+        finished = _index_until(shell, stop, monkeypatch)
+        shell.index()
+        assert shell.state() == expected, f"cut off after commit {stop}"
+        if finished:
+            break
+    else:
+        pytest.fail("the update never finished")
+    assert stop > 4
+
+
+def _index_until(shell: Shell, stop: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Index, but fail on every write after the first ``stop`` commits; whether it got through."""
+    writing, commits = IndexCatalog.writing, [0]
+
+    @contextmanager
+    def limited(catalog: IndexCatalog) -> Iterator[Any]:
+        if commits[0] >= stop:
+            raise KeyboardInterrupt
+        with writing(catalog) as tx:
+            yield tx
+        commits[0] += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexCatalog, "writing", limited)
+        arguments = ["index", str(shell.docs), "--out", str(shell.out)]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code in (0, 130)
+    return result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["index", "{empty}", "--out", "{out}"], 1, "nothing to index: no text, Markdown or PDF"),
+        (["index", "{empty}/x", "--out", "{out}"], 1, "no such file or folder"),
+        (["index", "{empty}", "--out", "{out}", "--overlap", "300"], 1, "overlap of 300"),
+        (["index", "{text}", "--out", "{out}", "--model", "/no/model"], 1, "no model at"),
+        (["index", "{text}", "--out", "{text}", "--model", "{model}"], 1, "cannot open the index"),
+        (["ask", "{empty}", "why?"], 1, "is no index"),
+        (["store", "stat", "{empty}"], 1, "neither an index nor a store"),
+        (["store", "verify", "{empty}/x"], 1, "neither an index nor a store"),
+        (["store", "prune", "{empty}"], 1, "neither an index nor a store"),
+        (["index", "{empty}"], 2, "--out"),
+        (["ask", "{empty}", "why?", "--strategy", "magic"], 2, "magic"),
+        (["nothing"], 2, "nothing"),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, model_folder: str, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("words")
+    places = {
+        "empty": tmp_path / "empty",
+        "text": tmp_path / "text.txt",
+        "out": tmp_path / "out",
+        "model": model_folder,
+    }
+    result = CliRunner().invoke(app, [a.format(**places) for a in arguments])
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    if code == 1:
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert result.stdout == ""
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_questions_that_cannot_be_answered_are_one_line(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    for options, message in (
+        (["why?", "-k", "0"], "k is 0"),
+        ([" "], "question"),
+        (["why?", "--strategy", "link"], "adapter"),
+        (["why?", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["why?", "--temperature", "-1"], "temperature"),
+    ):
+        result = shell.run("ask", shell.out, *options, code=1)
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_another_model_is_refused(shell: Shell, tmp_path: Path) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    result = shell.run("index", shell.docs, "--out", shell.out, "--model", tmp_path, code=1)
+    assert "was made with the model" in result.stderr
+
+
+def test_ctrl_c_ends_with_130(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(KVIndex, "add", interrupted)
+    assert shell.index(code=130).stderr.strip().endswith("interrupted")
+
+
+def test_verify_finds_a_flipped_byte_and_prune_removes_it(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    damaged = next((shell.out / "kv").rglob("*.safetensors"))
+    data = bytearray(damaged.read_bytes())
+    data[-10] ^= 1
+    damaged.write_bytes(data)
+    for folder in (shell.out, shell.out / "kv"):
+        result = shell.run("store", "verify", folder, code=1)
+        assert "corrupt" in result.stdout
+        assert "prune" in result.stderr
+    assert "removed" in shell.run("store", "prune", shell.out / "kv").stdout
+    shell.run("store", "verify", shell.out)
+
+
+def test_paths_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    recorded = {str(tmp_path / "ab" / "x.txt"): "1", str(tmp_path / "a" / "x.txt"): "2"}
+    plan = make_plan([tmp_path / "a"], recorded, Splitting())
+    assert plan.vanished == [str(tmp_path / "a" / "x.txt")]
+
+
+def test_help_and_module(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "kvlink_rag", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(demo.__file__).parents[1])},
+        check=True,
+    )
+    for command in ("demo", "index", "ask", "store"):
+        assert command in result.stdout
+
+
+def test_the_corpus_is_large_enough_and_named() -> None:
+    files = demo.corpus_files()
+    text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    assert len([p for p in text.split("\n\n") if not p.startswith("#")]) >= 150
+    attribution = (files[0].parent / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert all(file.name in attribution for file in files)
+    assert "CC BY-SA 4.0" in attribution
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_demo(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    default_model_folder: str,
+    default_embeddings_folder: str,
+) -> None:
+    """The demo's own steps over its smallest article, twice."""
+    smallest = min(demo.corpus_files(), key=lambda file: file.stat().st_size)
+    monkeypatch.setattr(demo, "corpus_files", lambda: [smallest])
+    monkeypatch.setattr(demo, "QUESTIONS", ("When did the 1973 oil crisis begin?",))
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 16)
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["demo", "--folder", str(tmp_path / "index")])
+        assert result.exit_code == 0, result.output
+        assert "1973" in result.stdout
+        assert "10 hits, 0 misses" in result.stdout
+        assert "x sooner" in result.stdout
