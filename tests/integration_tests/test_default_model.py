@@ -24,7 +24,7 @@ def paragraphs() -> list[Chunk]:
     for path in sorted(CORPUS.glob("[a-z0-9]*.md")):
         text = path.read_text(encoding="utf-8")
         blocks = [b.strip() for b in text.split("\n\n") if len(b) > 200]
-        chunks += [Chunk(block[:600], title=path.stem) for block in blocks]
+        chunks += [Chunk(block[:320], title=path.stem) for block in blocks]
     return random.Random(0).sample(chunks, 20)
 
 
