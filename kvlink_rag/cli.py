@@ -207,6 +207,44 @@ def ask(
     _list_sources(chunks, answer.report)
 
 
+@app.command()
+def bench(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for bench.json, bench.md and bench.png.")
+    ] = Path("bench-results"),
+    model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="File or folder to cut chunks from, repeatable. Default: the demo's."),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Context length in tokens, repeatable. Default: 1000 to 8000."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each strategy and length.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the chunks and their order.")] = 0,
+) -> None:
+    """Time to first token of every strategy against full prefill; indexing; decoding."""
+    _prepare()
+    from kvlink_rag.bench import LENGTHS, run_bench, table, write
+    from kvlink_rag.demo import corpus_files
+    from kvlink_rag.documents import Document, find_files, read_file
+    from kvlink_rag.models import DEFAULT_MODEL
+
+    files = find_files(text) if text else corpus_files()
+    documents = [read for file in files if isinstance(read := read_file(file), Document)]
+    result = run_bench(
+        _engine(model or DEFAULT_MODEL),
+        [document.text for document in documents],
+        lengths=length or LENGTHS,
+        repeats=repeats,
+        seed=seed,
+    )
+    paths = write(result, out)
+    typer.echo(table(result))
+    typer.echo(f"written: {', '.join(str(path) for path in paths)}")
+
+
 @store_app.command()
 def stat(folder: Folder) -> None:
     """Count chunks, caches and bytes."""

@@ -134,8 +134,9 @@ def _introduce(console: Console, index: KVIndex, folder: Path) -> None:
     stat = index.stat()
     console.print(
         f"[bold]{stat.sources} Wikipedia articles[/bold] in {stat.chunks} chunks, "
-        f"{stat.caches.nbytes / 1e6:.0f} MB of chunk caches, answered by {stat.model_name}."
+        f"{stat.caches.nbytes / 1e6:.0f} MB of chunk caches"
     )
+    console.print(f"Model: {stat.model_name}", style="dim", markup=False, soft_wrap=True)
     console.print(f"Index: {folder}", style="dim", markup=False, soft_wrap=True)
 
 

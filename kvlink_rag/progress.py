@@ -33,12 +33,10 @@ def bar(
         enabled: False draws nothing.
     """
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=32)]
-    if total is not None:
-        columns += {
-            "items": [MofNCompleteColumn()],
-            "bytes": [DownloadColumn(), TransferSpeedColumn()],
-            "share": [TaskProgressColumn()],
-        }[unit]
+    if total is not None and unit == "bytes":
+        columns += [DownloadColumn(), TransferSpeedColumn()]
+    elif total is not None:
+        columns.append(TaskProgressColumn() if unit == "share" else MofNCompleteColumn())
     columns.append(TimeElapsedColumn())
     with Progress(*columns, console=Console(file=sys.stderr), disable=not enabled) as progress:
         task = progress.add_task(description, total=total)
@@ -55,5 +53,5 @@ def quiet_libraries() -> None:
     """Without transformers' own bars and hints: the command line has its own."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     logging.set_verbosity_error()

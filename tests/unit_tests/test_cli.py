@@ -384,6 +384,14 @@ def test_verify_finds_a_flipped_byte_and_prune_removes_it(shell: Shell) -> None:
     shell.run("store", "verify", shell.out)
 
 
+def test_bench_writes_its_results(shell: Shell, tmp_path: Path) -> None:
+    text = shell.write("a.txt", paragraphs("apple", 40))
+    options = ["--out", tmp_path / "bench", "--length", "300", "--repeats", "1"]
+    result = shell.run("bench", "--model", shell.model, "--text", text, *options)
+    assert "reuse" in result.stdout
+    assert (tmp_path / "bench" / "bench.json").stat().st_size > 0
+
+
 def test_paths_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     recorded = {str(tmp_path / "ab" / "x.txt"): "1", str(tmp_path / "a" / "x.txt"): "2"}
@@ -400,7 +408,7 @@ def test_help_and_module(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(Path(demo.__file__).parents[1])},
         check=True,
     )
-    for command in ("demo", "index", "ask", "store"):
+    for command in ("demo", "index", "ask", "store", "bench"):
         assert command in result.stdout
 
 
