@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvlink_rag.answer import Answer, AnswerStream
     from kvlink_rag.chunk import Chunk, ScoredChunk
-    from kvlink_rag.engine import Answer, AnswerStream, KVLinkEngine
+    from kvlink_rag.engine import KVLinkEngine
     from kvlink_rag.errors import (
         AdapterRequiredError,
         IndexMismatchError,
@@ -44,8 +45,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Answer": "engine",
-    "AnswerStream": "engine",
+    "Answer": "answer",
+    "AnswerStream": "answer",
     "Chunk": "chunk",
     "IndexReport": "report",
     "KVIndex": "index",

@@ -24,9 +24,10 @@ import transformers
 
 from kvlink_rag.chunk import Chunk
 from kvlink_rag.encode import plan_batches
-from kvlink_rag.engine import KVLinkEngine, Strategy
+from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.forward import run_behind
+from kvlink_rag.prefill import Strategy
 from kvlink_rag.progress import bar
 from kvlink_rag.store import FolderStore
 

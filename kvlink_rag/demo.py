@@ -16,7 +16,8 @@ from kvlink_rag.documents import MARKDOWN, find_files
 from kvlink_rag.errors import InputError
 
 if TYPE_CHECKING:
-    from kvlink_rag.engine import Answer, KVLinkEngine
+    from kvlink_rag.answer import Answer
+    from kvlink_rag.engine import KVLinkEngine
     from kvlink_rag.index import KVIndex
 
 QUESTIONS = (

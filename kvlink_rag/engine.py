@@ -8,46 +8,32 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlink_rag.answer import Answer, AnswerStream, Request
 from kvlink_rag.architecture import Architecture, inspect_model
 from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
 from kvlink_rag.encode import Encoder
 from kvlink_rag.errors import AdapterRequiredError, InputError, KVLinkWarning, StoreError
 from kvlink_rag.forward import run_at, run_behind
-from kvlink_rag.generate import GenerateSettings, Sampler, TextStream, stop_ids
+from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
 from kvlink_rag.link import ContextCache
 from kvlink_rag.load import Source, load
-from kvlink_rag.prefill import Prefill, Segment
+from kvlink_rag.prefill import Prefill, Segment, Strategy
 from kvlink_rag.progress import bar
 from kvlink_rag.prompt import EncodeBehind, PromptLayout, PromptTemplate
 from kvlink_rag.report import IndexReport, Report, Stopwatch
 from kvlink_rag.store import KVStore, open_store
 
-Strategy = Literal["full", "reuse", "link", "recompute"]
+_Wanted = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids and what they are encoded behind."""
 
 BATCH_TOKENS = {"cpu": 1536}
 """Padded tokens in one forward pass while indexing; other devices than these take 16,384."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer with the chunks it was made from and what it cost.
-
-    Attributes:
-        text: without special tokens and without a stop string.
-        token_ids: as decoded, the end token included when the model produced one.
-    """
-
-    text: str
-    token_ids: list[int]
-    report: Report
-    chunks: list[Chunk] = field(default_factory=list)
 
 
 class KVLinkEngine:
@@ -259,17 +245,17 @@ class KVLinkEngine:
         strategy: Strategy | None,
         system: str | None,
         recompute_tokens: int | None,
-    ) -> _Request:
+    ) -> Request:
         recompute = self.recompute_tokens if recompute_tokens is None else recompute_tokens
         if recompute < 0:
             raise InputError(f"recompute_tokens must be 0 or more, not {recompute}")
         if not isinstance(question, str) or not question.strip():
             raise InputError(f"the question must be a text, not {question!r}")
         chosen = _check_strategy(strategy or self.strategy)
-        return _Request(question, as_chunks(chunks), chosen, system, recompute)
+        return Request(question, as_chunks(chunks), chosen, system, recompute)
 
     def _prefill(
-        self, request: _Request, new_tokens: int
+        self, request: Request, new_tokens: int
     ) -> tuple[Prefill, list[tuple[ChunkKV, list[str]]]]:
         """The prefill and the records it had to compute (not yet stored)."""
         watch, report = Stopwatch(), Report(request.strategy)
@@ -291,7 +277,7 @@ class KVLinkEngine:
         prefill = Prefill(logits, token_ids, positions, segments, report, cache, self.model)
         return prefill, computed
 
-    def _lay_out(self, request: _Request) -> tuple[list[int], list[Segment]]:
+    def _lay_out(self, request: Request) -> tuple[list[int], list[Segment]]:
         """The prompt's token ids and what they are."""
         full = request.strategy == "full"
         parts: list[tuple[Any, list[int]]] = [("prefix", self.layout.prefix(request.system))]
@@ -312,7 +298,7 @@ class KVLinkEngine:
 
     def _link(
         self,
-        request: _Request,
+        request: Request,
         token_ids: list[int],
         segments: list[Segment],
         cache: ContextCache,
@@ -484,92 +470,6 @@ class KVLinkEngine:
     def astream(self, question: str, chunks: Iterable[str | Chunk], **options: Any) -> AnswerStream:
         """:meth:`stream` for ``async for``."""
         return self.stream(question, chunks, **options)
-
-
-_Wanted = tuple[tuple[int, ...], tuple[int, ...]]
-"""Token ids and what they are encoded behind."""
-
-
-@dataclass(frozen=True)
-class _Request:
-    question: str
-    chunks: list[Chunk]
-    strategy: Strategy
-    system: str | None
-    recompute: int
-
-
-class AnswerStream:
-    """Text pieces of one answer, for ``for`` and ``async for``. Work starts with the first piece.
-
-    Attributes:
-        report: complete once the stream has ended; ``ttft_s`` from the first piece on.
-        text: what has been produced so far.
-        token_ids: its tokens.
-    """
-
-    def __init__(self, engine: KVLinkEngine, request: _Request, settings: GenerateSettings) -> None:
-        self.report = Report(request.strategy)
-        self.token_ids: list[int] = []
-        self._engine = engine
-        self._request = request
-        self._settings = settings
-        self._texts = TextStream(engine.tokenizer, settings.stops)
-        self._pieces = self._run()
-
-    @property
-    def text(self) -> str:
-        """The text produced so far."""
-        return self._texts.text
-
-    @property
-    def answer(self) -> Answer:
-        """The answer, once the stream has ended."""
-        return Answer(self.text, self.token_ids, self.report, self._request.chunks)
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def __aiter__(self) -> AnswerStream:
-        return self
-
-    async def __anext__(self) -> str:
-        piece = await asyncio.to_thread(next, self._pieces, None)
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
-
-    def _run(self) -> Iterator[str]:
-        engine, settings, watch = self._engine, self._settings, Stopwatch()
-        prefill, computed = engine._prefill(self._request, settings.max_new_tokens)
-        self.report = report = prefill.report
-        sampling = Stopwatch()
-        sampler = Sampler(settings, engine.architecture.device)
-        token = sampler.choose(prefill.logits)
-        report.sample_s, report.ttft_s = sampling.total(), watch.total()
-        tokens = engine._tokens(prefill, sampler, token, settings.max_new_tokens)
-        pieces = self._text_pieces(tokens)
-        try:
-            piece = next(pieces)
-            if piece:
-                yield piece
-        finally:  # storing what was missing waits for the first piece, not for a reader who left
-            engine._keep(computed)
-        yield from filter(None, pieces)
-        report.new_tokens = len(self.token_ids)
-        report.total_s = watch.total()
-
-    def _text_pieces(self, tokens: Iterator[int]) -> Iterator[str]:
-        """One piece a token (may be empty), then what was held back."""
-        for token in tokens:
-            self.token_ids.append(token)
-            yield self._texts.push(token)
-            if self._texts.stopped:
-                return
-        yield self._texts.finish()
 
 
 def _active_positions(segments: Sequence[Segment], strategy: Strategy) -> list[int]:

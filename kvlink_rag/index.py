@@ -21,7 +21,8 @@ from kvlink_rag.progress import bar
 from kvlink_rag.store import FolderStore, StoreCheck
 
 if TYPE_CHECKING:
-    from kvlink_rag.engine import Answer, AnswerStream, KVLinkEngine
+    from kvlink_rag.answer import Answer, AnswerStream
+    from kvlink_rag.engine import KVLinkEngine
 
 BATCH = 64
 """Chunks that are committed together: a killed process loses no more of its work."""

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 from kvlink_rag.link import ContextCache
 from kvlink_rag.report import Report
 
+Strategy = Literal["full", "reuse", "link", "recompute"]
+"""How chunk caches become one context."""
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -1,0 +1,137 @@
+"""What the README tells people to type works: every command and every Python block is run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvlink_rag.cli import app
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(1200)]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+# How each command is run here: as it stands, or smaller where it would take minutes.
+AS_IT_STANDS = [
+    command for command in COMMANDS if command.startswith(("kvlink index", "kvlink ask"))
+]
+SMALLER = {
+    "kvlink bench": "kvlink bench --length 300 --repeats 1",
+    "python benchmarks/encode_behind.py --questions 200": "--questions 1 --max-new-tokens 2",
+}
+BY_MAKE = {"make demo", "make test"}
+INSTALL = "pip install ."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An empty folder with the checkout's examples in it, where the commands run in turn."""
+    made = tmp_path_factory.mktemp("readme")
+    (made / "examples").symlink_to(ROOT / "examples")
+    return made
+
+
+@pytest.fixture(autouse=True)
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def test_every_command_is_run_by_a_test_below():
+    assert set(COMMANDS) == {*AS_IT_STANDS, *SMALLER, *BY_MAKE, INSTALL}
+
+
+@pytest.mark.parametrize("command", AS_IT_STANDS)
+def test_commands(command):
+    result = CliRunner().invoke(app, split(command))
+    assert result.exit_code == 0, result.output
+    if command.startswith("kvlink ask"):
+        assert "apollo_program" in result.output
+        assert "4 hits, 0 misses" in result.output
+
+
+def test_bench(folder):
+    result = CliRunner().invoke(app, split(SMALLER["kvlink bench"]))
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (folder / "bench-results").iterdir()} == {
+        "bench.json",
+        "bench.md",
+        "bench.png",
+    }
+
+
+def test_comparison_of_prefixes(folder):
+    if "KVLINK_DATA" not in os.environ and not (ROOT / "../shared/data").is_dir():
+        pytest.skip("the question sets are absent: set KVLINK_DATA to their folder")
+    script = ROOT / "benchmarks" / "encode_behind.py"
+    out = folder / "rows.jsonl"
+    arguments = SMALLER["python benchmarks/encode_behind.py --questions 200"].split()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.setdefault("KVLINK_DATA", str(ROOT / "../shared/data"))
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments, "--out", str(out)],
+        capture_output=True, text=True, env=env, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| all | 10 | 3 |" in done.stdout
+    assert len(out.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("command", sorted(BY_MAKE))
+def test_make_targets_exist(command):
+    done = subprocess.run(
+        [*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = "kvlink demo" if command == "make demo" else "pytest"
+    assert wanted in done.stdout
+
+
+def test_pip_install_gives_package_corpus_and_command(tmp_path):
+    assert INSTALL in COMMANDS
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "-w",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("kvlink_rag-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "kvlink_rag/engine.py" in names
+    assert "kvlink_rag/py.typed" in names
+    assert "kvlink_rag/_corpus/apollo_program.md" in names
+    assert any(name.endswith("entry_points.txt") for name in names)
+    assert not any(name.startswith(("tests", "benchmarks")) for name in names)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks(code, capsys):
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()
+
+
+def split(command: str) -> list[str]:
+    return shlex.split(command)[1:]
