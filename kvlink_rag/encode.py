@@ -12,6 +12,9 @@ from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.link import ContextCache
 from kvlink_rag.rope import shift_groups
 
+Memory = tuple[torch.Tensor, torch.Tensor]
+"""Flat memory for keys and for values."""
+
 
 def plan_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
     """Indices of texts in batches of similar length, each at most ``max_batch_tokens`` padded.
@@ -41,12 +44,14 @@ class Encoder:
         self.model = model
         self.architecture = architecture
 
-    def new_cache(self, capacity: int, batch: int = 1) -> ContextCache:
+    def new_cache(
+        self, capacity: int, batch: int = 1, memory: Memory | None = None
+    ) -> ContextCache:
         """An empty cache of this model's sizes."""
         a = self.architecture
         return ContextCache(
             a.layers, a.kv_heads, a.head_dim, a.value_dim, capacity,
-            batch=batch, dtype=a.dtype, device=a.device,
+            batch=batch, dtype=a.dtype, device=a.device, memory=memory,
         )  # fmt: skip
 
     def encode(
@@ -61,15 +66,33 @@ class Encoder:
         Yields:
             a list of (index of the text, its cache) a batch, longest texts first.
         """
-        start = self.encode_batch([list(behind)], None) if behind else None
-        for batch in plan_batches([len(text) for text in texts], max_batch_tokens):
-            records = self.encode_batch(
-                [list(texts[i]) for i in batch], start[0] if start else None
-            )
-            yield list(zip(batch, records, strict=True))
+        batches = plan_batches([len(text) for text in texts], max_batch_tokens)
+        if not batches:
+            return
+        start = self.encode_batch([list(behind)], None, None)[0] if behind else None
+        memory = self._memory(
+            max(len(rows) * (len(behind) + len(texts[rows[0]])) for rows in batches)
+        )
+        for rows in batches:
+            records = self.encode_batch([texts[i] for i in rows], start, memory)
+            yield list(zip(rows, records, strict=True))
+
+    def _memory(self, tokens: int) -> Memory:
+        """Flat tensors for the keys and values of one batch of ``tokens`` padded tokens."""
+        a = self.architecture
+        return (
+            torch.empty(
+                tokens * a.layers * a.kv_heads * a.head_dim, dtype=a.dtype, device=a.device
+            ),
+            torch.empty(
+                tokens * a.layers * a.kv_heads * a.value_dim, dtype=a.dtype, device=a.device
+            ),
+        )
 
     @torch.inference_mode()
-    def encode_batch(self, texts: Sequence[Sequence[int]], behind: ChunkKV | None) -> list[ChunkKV]:
+    def encode_batch(
+        self, texts: Sequence[Sequence[int]], behind: ChunkKV | None, memory: Memory | None
+    ) -> list[ChunkKV]:
         """One forward pass over texts of similar length, padded on the right.
 
         Padding needs no mask: what is padded comes after every real token, and attention is causal.
@@ -77,7 +100,7 @@ class Encoder:
         a = self.architecture
         behind_ids = behind.token_ids if behind else ()
         offset, longest = len(behind_ids), max(len(text) for text in texts)
-        cache = self.new_cache(offset + longest, batch=len(texts))
+        cache = self.new_cache(offset + longest, len(texts), memory)
         if behind:
             cache.place(behind, 0, a.groups)
             cache.set_length(offset)

@@ -87,6 +87,8 @@ class ContextCache(Cache):
         layers, kv_heads, head_dim, value_dim: the model's sizes.
         capacity: tokens it can hold: context, question and answer.
         batch: rows.
+        memory: flat tensors for keys and values to use instead of new ones, for callers that need
+            one cache after the other (fresh pages cost the kernel more than filling them).
 
     Attributes:
         key_buffer: ``[layers, batch, kv_heads, capacity, head_dim]``, keys at their positions.
@@ -104,10 +106,16 @@ class ContextCache(Cache):
         batch: int = 1,
         dtype: torch.dtype,
         device: torch.device,
+        memory: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         shape = (layers, batch, kv_heads, capacity)
-        self.key_buffer = torch.empty((*shape, head_dim), dtype=dtype, device=device)
-        self.value_buffer = torch.empty((*shape, value_dim), dtype=dtype, device=device)
+        if memory is None:
+            self.key_buffer = torch.empty((*shape, head_dim), dtype=dtype, device=device)
+            self.value_buffer = torch.empty((*shape, value_dim), dtype=dtype, device=device)
+        else:
+            tokens = layers * batch * kv_heads * capacity
+            self.key_buffer = memory[0][: tokens * head_dim].view(*shape, head_dim)
+            self.value_buffer = memory[1][: tokens * value_dim].view(*shape, value_dim)
         self._layers = [
             _ContextLayer(self.key_buffer[layer], self.value_buffer[layer])
             for layer in range(layers)
