@@ -29,12 +29,11 @@ _FIXED_DATE_MACRO = f"{{%- macro strftime_now(style) -%}}{_FIXED_DATE}{{%- endma
 
 
 def render_chunk(chunk: Chunk) -> str:
-    """A chunk as the model reads it: one line that begins with ``Document``, then its title if any.
+    """A chunk as the model reads it: its title on a line (if any), its text, and a blank line.
 
     No rank number is part of it: a chunk's tokens must not depend on where it is retrieved.
     """
-    title = f" (title: {chunk.title})" if chunk.title else ""
-    return f"Document{title}: {chunk.text}\n"
+    return f"{chunk.title}\n{chunk.text}\n\n" if chunk.title else f"{chunk.text}\n\n"
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class PromptTemplate:
         options: extra variables for the model's chat template, e.g. ``{"enable_thinking": False}``.
     """
 
-    before: str = "Answer the question from the documents below; some of them may not matter.\n\n"
-    question: str = "\nQuestion: {question}\nAnswer:"
+    before: str = "Documents:\n\n"
+    question: str = "Using the documents above, answer briefly.\nQuestion: {question}"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -153,7 +152,7 @@ class PromptLayout:
                 self.tokenizer.bos_token_id
             ]
             system = f"{_SYSTEM}\n\n" if with_system else ""
-            return f"{bos if starts_with_bos else ''}{system}{user}"
+            return f"{bos if starts_with_bos else ''}{system}{user}\nAnswer:"
         options = dict(self.template.options)
         if fixed_date:
             # Some templates print today's date: a macro of that name hides transformers' function.

@@ -25,7 +25,7 @@ def test_the_parts_are_the_chat_template_cut_at_the_chunks():
     template = PromptTemplate(before="Docs:\n", question="Q: {question}")
     layout = PromptLayout(TOKENIZER, template)
     whole = TOKENIZER.apply_chat_template(
-        [{"role": "user", "content": "Docs:\nDocument: A\nDocument: B\nQ: why?"}],
+        [{"role": "user", "content": "Docs:\nA\n\nB\n\nQ: why?"}],
         tokenize=False,
         add_generation_prompt=True,
     )
@@ -72,8 +72,8 @@ def test_non_ascii_and_broken_text():
 
 
 def test_chunk_template_has_title_and_text_and_no_rank():
-    assert render_chunk(Chunk("text")) == "Document: text\n"
-    assert render_chunk(Chunk("text", title="Title")) == "Document (title: Title): text\n"
+    assert render_chunk(Chunk("text")) == "text\n\n"
+    assert render_chunk(Chunk("text", title="Title")) == "Title\ntext\n\n"
 
 
 def test_a_template_without_system_role_takes_it_in_the_users_turn():
@@ -83,8 +83,8 @@ def test_a_template_without_system_role_takes_it_in_the_users_turn():
         "<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
     )
     layout = PromptLayout(with_template(template))
-    assert text(layout.prefix("Be brief.")).startswith("<|start|>user\nBe brief.\n\nAnswer the")
-    assert text(layout.prefix()).startswith("<|start|>user\nAnswer the")
+    assert text(layout.prefix("Be brief.")).startswith("<|start|>user\nBe brief.\n\nDocuments:")
+    assert text(layout.prefix()).startswith("<|start|>user\nDocuments:")
 
 
 def test_without_a_chat_template():
