@@ -325,7 +325,8 @@ class KVLinkEngine:
                 cache.place(record or computed[text, segment.behind], segment.start, groups)
         cache.set_length(segments[-1].start)
         report.bytes_read = sum(record.nbytes for record in found.values() if record)
-        report.computed_tokens = sum(len(text) + len(behind) for text, behind in missing)
+        report.computed_tokens = sum(len(text) for text, _ in missing)
+        report.computed_tokens += sum(len(behind) for behind in {behind for _, behind in missing})
         report.link_s = watch.lap()
         owners: dict[tuple[int, ...], list[str]] = {}
         for text, chunk in zip(texts[1:], request.chunks, strict=True):

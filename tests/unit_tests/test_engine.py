@@ -97,6 +97,9 @@ class TestAnswer:
         assert (first.strategy, first.hits, first.misses) == ("reuse", 3, 2)
         lengths = [len(engine.layout.chunk(chunk)) for chunk in CHUNKS]
         assert first.reused_tokens == sum(lengths[:3])
+        prefix, question = len(engine.layout.prefix()), len(engine.layout.question(QUESTION))
+        # two missing chunks, the prefix, what the chunks are encoded behind (once), the question
+        assert first.computed_tokens == sum(lengths[3:]) + prefix + len(engine.behind) + question
         second = engine.answer(QUESTION, CHUNKS[::-1], max_new_tokens=3).report
         assert (second.hits, second.misses) == (5, 0)
         assert second.computed_tokens == len(engine.layout.question(QUESTION))

@@ -117,6 +117,28 @@ class TestWhatGoesWrong:
         folder.put(record, ["a"])
         assert folder.verify().clean
 
+    @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
+    def test_a_disk_that_is_really_full(self, tmp_path: Path) -> None:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=False
+        )
+        if mounted.returncode != 0:
+            pytest.skip("this machine does not let us mount a small disk")
+        try:
+            store = FolderStore(disk / "kv")
+            small, big = make_record(1), make_record(*range(60_000))
+            store.put(small, ["a"])
+            with pytest.raises(StoreError, match=r"No space left.*free some space"):
+                store.put(big, ["b"])
+            assert all_files(store) == [file_of(store, small)]
+            assert store.get(small.key) is not None
+            assert store.verify().clean
+            store.close()
+        finally:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)  # files are mapped
+
     def test_renaming_fails(self, folder: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
         def refused(source: Path, target: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

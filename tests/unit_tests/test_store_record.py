@@ -213,3 +213,9 @@ def test_reading_warns_of_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_record(tmp_path / "a")
+
+
+def test_the_size_told_is_the_files_and_only_its_owner_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    assert write_record(path, make_record((1, 2))) == path.stat().st_size > 0
+    assert path.stat().st_mode & 0o777 == 0o600
