@@ -87,12 +87,11 @@ class AnswerStream:
 
     def _run(self) -> Iterator[str]:
         engine, settings, watch = self._engine, self._settings, Stopwatch()
-        prefill, computed = engine._prefill(self._request, settings.max_new_tokens)
+        prefill, computed = engine._prefill(self._request, settings.max_new_tokens, watch)
         self.report = report = prefill.report
-        sampling = Stopwatch()
         sampler = Sampler(settings, engine.architecture.device)
         token = sampler.choose(prefill.logits)
-        report.sample_s, report.ttft_s = sampling.total(), watch.total()
+        report.sample_s, report.ttft_s = watch.lap(), watch.laps()
         tokens = engine._tokens(prefill, sampler, token, settings.max_new_tokens)
         pieces = self._text_pieces(tokens)
         try:

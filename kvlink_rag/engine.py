@@ -234,7 +234,7 @@ class KVLinkEngine:
             InputError, AdapterRequiredError: as :meth:`answer`.
         """
         request = self._request(question, chunks, strategy, system, recompute_tokens)
-        prefill, computed = self._prefill(request, 0)
+        prefill, computed = self._prefill(request, 0, Stopwatch())
         self._keep(computed)
         return prefill
 
@@ -255,10 +255,10 @@ class KVLinkEngine:
         return Request(question, as_chunks(chunks), chosen, system, recompute)
 
     def _prefill(
-        self, request: Request, new_tokens: int
+        self, request: Request, new_tokens: int, watch: Stopwatch
     ) -> tuple[Prefill, list[tuple[ChunkKV, list[str]]]]:
         """The prefill and the records it had to compute (not yet stored)."""
-        watch, report = Stopwatch(), Report(request.strategy)
+        report = Report(request.strategy)
         token_ids, segments = self._lay_out(request)
         self._check_length(len(token_ids) + new_tokens, "the prompt with its answer")
         cache = self._encoder.new_cache(len(token_ids) + new_tokens)
@@ -272,7 +272,7 @@ class KVLinkEngine:
             logits = self._forward(cache, token_ids, active)
         report.forward_s = watch.lap()
         report.computed_tokens += len(active)
-        report.ttft_s = watch.total()
+        report.ttft_s = watch.laps()
         positions = list(range(len(token_ids)))
         prefill = Prefill(logits, token_ids, positions, segments, report, cache, self.model)
         return prefill, computed

@@ -86,6 +86,10 @@ class Stopwatch:
         seconds, self._last = now - self._last, now
         return seconds
 
+    def laps(self) -> float:
+        """Seconds from the start to the last lap: the sum of all laps."""
+        return self._last - self.start
+
     def total(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self.start
