@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvlink_rag.architecture import Architecture
+from kvlink_rag.attention import fast_attention
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.link import ContextCache
 from kvlink_rag.rope import shift_groups
@@ -108,12 +109,13 @@ class Encoder:
         for row, text in enumerate(texts):
             token_ids[row, : len(text)] = torch.tensor(text)
         positions = torch.arange(offset, offset + longest, device=a.device)
-        self.model.get_decoder()(
-            input_ids=token_ids.to(a.device),
-            position_ids=positions[None],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with fast_attention(self.model):
+            self.model.get_decoder()(
+                input_ids=token_ids.to(a.device),
+                position_ids=positions[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
         return [self._record(cache, row, tuple(text), behind_ids) for row, text in enumerate(texts)]
 
     def _record(

@@ -25,7 +25,7 @@ from kvlink_rag.link import ContextCache
 from kvlink_rag.load import Source, load
 from kvlink_rag.prefill import Prefill, Segment, Strategy
 from kvlink_rag.progress import bar
-from kvlink_rag.prompt import EncodeBehind, PromptLayout, PromptTemplate
+from kvlink_rag.prompt import DEFAULT_BEHIND, EncodeBehind, PromptLayout, PromptTemplate
 from kvlink_rag.report import IndexReport, Report, Stopwatch
 from kvlink_rag.store import KVStore, open_store
 
@@ -57,7 +57,7 @@ class KVLinkEngine:
         name: str,
         store: KVStore,
         strategy: Strategy = "reuse",
-        encode_behind: EncodeBehind = "system",
+        encode_behind: EncodeBehind = DEFAULT_BEHIND,
         recompute_tokens: int = 16,
         prompt: PromptTemplate | None = None,
     ) -> None:
@@ -89,7 +89,7 @@ class KVLinkEngine:
         adapter: None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        encode_behind: EncodeBehind = "system",
+        encode_behind: EncodeBehind = DEFAULT_BEHIND,
         recompute_tokens: int = 16,
         prompt: PromptTemplate | None = None,
     ) -> KVLinkEngine:

@@ -218,9 +218,12 @@ class KVIndex:
             known = {chunk.id: chunk for chunk in self.catalog.get(c.document_id for c in batch)}
             same = [chunk for chunk in batch if _same(chunk, known.get(chunk.document_id))]
             fresh = [chunk for chunk in batch if not _same(chunk, known.get(chunk.document_id))]
+            replaced = [chunk.document_id for chunk in fresh if chunk.document_id in known]
+            if replaced:  # killed before the rows are committed, their new caches are released
+                with self.catalog.writing() as tx:
+                    sql.plan_release(tx, replaced, self.engine.keys(known[id] for id in replaced))
             # caches before rows: a row always had its cache; of a killed add only caches are left
             self.engine.index(batch, progress=False)
-            replaced = [chunk.document_id for chunk in fresh if chunk.document_id in known]
             keep = self.engine.keys(fresh) if replaced else []
             vectors = self._vectors(fresh) if fresh else None
             moved = [chunk for chunk in same if _moved(chunk, known[chunk.document_id])]

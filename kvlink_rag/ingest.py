@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvlink_rag.chunk import Chunk
+from kvlink_rag.chunk import FORMAT_VERSION, Chunk
 from kvlink_rag.documents import Skipped, chunks_of, find_files, parse, read_bytes
 from kvlink_rag.errors import InputError
 from kvlink_rag.progress import bar
+from kvlink_rag.prompt import DEFAULT_BEHIND, PromptTemplate, render_chunk
 
 if TYPE_CHECKING:
     from kvlink_rag.index import KVIndex
@@ -49,8 +50,17 @@ class Splitting:
 
     def digest(self, data: bytes) -> str:
         """What is recorded for a file with this content."""
-        settings = f"{self.tokens} {self.overlap} {self.model}\n".encode()
+        settings = f"{self.tokens} {self.overlap} {self.model}\n{_caching()}\n".encode()
         return hashlib.sha256(settings + data).hexdigest()
+
+
+def _caching() -> str:
+    """What, besides the chunks and the model, decides which caches the default engine looks up.
+
+    A version that changes any of it must do every file again, or answers would find no caches.
+    """
+    words = (PromptTemplate(), DEFAULT_BEHIND, render_chunk(Chunk("text", title="title")))
+    return f"{FORMAT_VERSION} {words}"
 
 
 @dataclass

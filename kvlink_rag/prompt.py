@@ -23,6 +23,8 @@ from kvlink_rag.errors import InputError
 EncodeBehind = Literal["system", "header", "alone"]
 """What chunks are encoded behind: the default system prefix, the bare chat header, or nothing."""
 
+DEFAULT_BEHIND: EncodeBehind = "system"
+
 _SYSTEM, _CHUNKS, _QUESTION = "KVLINK0SYSTEM0", "KVLINK0CHUNKS0", "KVLINK0QUESTION0"
 _FIXED_DATE = "01 Jan 2024"
 _FIXED_DATE_MACRO = f"{{%- macro strftime_now(style) -%}}{_FIXED_DATE}{{%- endmacro -%}}"

@@ -15,7 +15,7 @@ import tiny
 from pypdf import PdfWriter
 from typer.testing import CliRunner, Result
 
-from kvlink_rag import KVIndex, KVLinkEngine, demo
+from kvlink_rag import KVIndex, KVLinkEngine, PromptTemplate, demo, ingest
 from kvlink_rag.cli import app
 from kvlink_rag.index_catalog import IndexCatalog
 from kvlink_rag.index_check import verify_index
@@ -397,6 +397,24 @@ def test_paths_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
     recorded = {str(tmp_path / "ab" / "x.txt"): "1", str(tmp_path / "a" / "x.txt"): "2"}
     plan = make_plan([tmp_path / "a"], recorded, Splitting())
     assert plan.vanished == [str(tmp_path / "a" / "x.txt")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("PromptTemplate", lambda: PromptTemplate(before="Read this:\n\n")),
+        ("DEFAULT_BEHIND", "alone"),
+        ("FORMAT_VERSION", 0),
+        ("render_chunk", lambda chunk: chunk.text),
+    ],
+)
+def test_files_are_done_again_when_their_caches_would_not_be_found(
+    change: tuple[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Splitting().digest(b"text")
+    assert Splitting().digest(b"text") == before
+    monkeypatch.setattr(ingest, change[0], change[1])
+    assert Splitting().digest(b"text") != before
 
 
 def test_help_and_module(tmp_path: Path) -> None:

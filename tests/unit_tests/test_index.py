@@ -376,6 +376,25 @@ class TestMaintenance:
         assert index.store.has(index.engine.keys(["birds"])[0])
         assert index.stat().caches.entries == 1
 
+    def test_a_replacement_killed_before_its_commit_leaves_nothing(
+        self, index: KVIndex, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        index.add([Chunk("cats", id="1"), Chunk("dogs", id="2")], progress=False)
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "_vectors", killed)
+            with pytest.raises(KeyboardInterrupt):
+                index.add([Chunk("birds", id="1")], progress=False)
+        assert index.get(["1"])[0].text == "cats"
+        assert index.verify().unreferenced == index.engine.keys(["birds"])
+        index.delete(["2"])  # whoever writes next finishes it
+        assert index.verify().clean
+        assert index.store.has(index.engine.keys(["cats"])[0])
+        assert index.stat().caches.entries == 1
+
     def test_damaged_vectors_are_found(self, index: KVIndex) -> None:
         index.add([Chunk("cats", id="1")], progress=False)
         with sqlite3.connect(index.catalog.path) as database:

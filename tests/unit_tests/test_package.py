@@ -14,7 +14,7 @@ ROOT = Path(kvlink_rag.__file__).parent
 # From the ground up: a module imports only from its own floor and those below.
 FLOORS = [
     {"errors", "chunk", "rope", "report", "progress"},
-    {"architecture", "link", "models", "prompt", "generate", "store"},
+    {"architecture", "attention", "link", "models", "prompt", "generate", "store"},
     {"encode", "forward", "prefill", "load", "embeddings"},
     {"answer"},
     {"engine"},

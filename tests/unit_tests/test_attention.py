@@ -1,0 +1,99 @@
+"""The engine's attention is that of transformers, by a faster way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from kvlink_rag import attention
+from kvlink_rag.attention import NAME, attend, fast_attention, make_mask
+from kvlink_rag.encode import Encoder
+
+
+def sizes(queries: int, tokens: int, **options: Any) -> dict[str, Any]:
+    return {
+        "batch_size": 1,
+        "q_length": queries,
+        "kv_length": tokens,
+        "q_offset": tokens - queries,
+        "mask_function": causal_mask_function,
+        **options,
+    }
+
+
+class Module(torch.nn.Module):
+    num_key_value_groups = 2
+    is_causal = True
+
+
+@pytest.mark.parametrize("tokens", [5, 6, 9, 10])
+def test_without_a_mask_the_last_query_sees_the_last_key(tokens: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 5, 8)
+    key, value = torch.randn(2, 2, tokens, 8), torch.randn(2, 2, tokens, 8)
+    mask = sdpa_mask(**sizes(5, tokens, allow_is_causal_skip=False))
+    assert mask is not None
+    expected, _ = attend(Module(), query, key, value, mask, scaling=0.3)
+    found, _ = attend(Module(), query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_query_sees_everything() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    found, _ = attend(Module(), query, key, value, None, scaling=1.0)
+    weights = (query.view(1, 2, 2, 8) @ key.transpose(2, 3)).softmax(-1)
+    torch.testing.assert_close(found[:, 0], (weights @ value).reshape(1, 4, 8))
+
+
+def test_masks_are_made_where_they_are_needed() -> None:
+    assert make_mask(**sizes(5, 7)) is None
+    assert make_mask(**sizes(5, 7, local_size=8)) is None
+    # a window that ends inside, padding, a pattern on top, many more keys than queries
+    padding = torch.tensor([[False] + [True] * 6])
+    for options in (
+        {"local_size": 7},
+        {"attention_mask": padding},
+        {"allow_is_causal_skip": False},
+    ):
+        assert make_mask(**sizes(5, 7, **options)) is not None
+    assert make_mask(**sizes(5, 11)) is not None
+
+
+def test_encoding_takes_it_and_gives_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny.engine("llama")
+    shapes: list[tuple[int, int]] = []
+
+    def watched(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        assert mask is None
+        shapes.append((query.shape[2], key.shape[2]))
+        return attend(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr(attention, "attend", watched)
+    attention.AttentionInterface.register(NAME, watched)
+    try:
+        encoder = Encoder(engine.model, engine.architecture)
+        list(encoder.encode([range(5, 25)], range(3, 10), max_batch_tokens=100))
+    finally:
+        attention.AttentionInterface.register(NAME, attend)
+    assert (20, 27) in shapes
+    assert engine.model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_with_another_attention_keeps_it() -> None:
+    engine = tiny.engine("gemma2")
+    before = engine.model.config._attn_implementation
+    assert before == "eager"
+    with fast_attention(engine.model):
+        assert engine.model.config._attn_implementation == before
+
+
+def test_the_setting_is_given_back_after_an_error() -> None:
+    engine = tiny.engine("llama")
+    with pytest.raises(ZeroDivisionError), fast_attention(engine.model):
+        raise ZeroDivisionError
+    assert engine.model.config._attn_implementation == "sdpa"
