@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvlink_rag.answer import Answer, AnswerStream
     from kvlink_rag.chunk import Chunk, ScoredChunk
+    from kvlink_rag.conversation import CHUNKS, Message
     from kvlink_rag.engine import KVLinkEngine
     from kvlink_rag.errors import (
         AdapterRequiredError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kvlink_rag.report import IndexReport, Report
 
 __all__ = [
+    "CHUNKS",
     "AdapterRequiredError",
     "Answer",
     "AnswerStream",
@@ -36,6 +38,7 @@ __all__ = [
     "KVLinkEngine",
     "KVLinkError",
     "KVLinkWarning",
+    "Message",
     "ModelNotFoundError",
     "PromptTemplate",
     "Report",
@@ -45,12 +48,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CHUNKS": "conversation",
     "Answer": "answer",
     "AnswerStream": "answer",
     "Chunk": "chunk",
     "IndexReport": "report",
     "KVIndex": "index",
     "KVLinkEngine": "engine",
+    "Message": "conversation",
     "PromptTemplate": "prompt",
     "Report": "report",
     "ScoredChunk": "chunk",

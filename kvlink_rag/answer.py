@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvlink_rag.chunk import Chunk
+from kvlink_rag.conversation import Message
 from kvlink_rag.generate import GenerateSettings, Sampler, TextStream
 from kvlink_rag.prefill import Strategy
 from kvlink_rag.report import Report, Stopwatch
 
 if TYPE_CHECKING:
     from kvlink_rag.engine import KVLinkEngine
+
+
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -23,23 +27,25 @@ class Answer:
     Attributes:
         text: without special tokens and without a stop string.
         token_ids: as decoded, the end token included when the model produced one.
+        finish_reason: `stop` (an end token or a stop string) or `length` (``max_new_tokens``).
     """
 
     text: str
     token_ids: list[int]
     report: Report
     chunks: list[Chunk] = field(default_factory=list)
+    finish_reason: FinishReason = "stop"
 
 
 @dataclass(frozen=True)
 class Request:
     """What was asked, checked."""
 
-    question: str
+    messages: list[Message]
     chunks: list[Chunk]
     strategy: Strategy
-    system: str | None
     recompute: int
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 class AnswerStream:
@@ -57,6 +63,7 @@ class AnswerStream:
         self._engine = engine
         self._request = request
         self._settings = settings
+        self._stop_ids = engine.stop_ids
         self._texts = TextStream(engine.tokenizer, settings.stops)
         self._pieces = self._run()
 
@@ -68,7 +75,14 @@ class AnswerStream:
     @property
     def answer(self) -> Answer:
         """The answer, once the stream has ended."""
-        return Answer(self.text, self.token_ids, self.report, self._request.chunks)
+        chunks = self._request.chunks
+        return Answer(self.text, self.token_ids, self.report, chunks, self.finish_reason)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the stream ended."""
+        ended = bool(self.token_ids) and self.token_ids[-1] in self._stop_ids
+        return "stop" if ended or self._texts.stopped else "length"
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces

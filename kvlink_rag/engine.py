@@ -6,7 +6,7 @@ import asyncio
 import copy
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlink_rag.answer import Answer, AnswerStream, Request
 from kvlink_rag.architecture import Architecture, inspect_model
 from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
+from kvlink_rag.conversation import Message, as_messages
 from kvlink_rag.encode import Encoder
 from kvlink_rag.errors import AdapterRequiredError, InputError, KVLinkWarning, StoreError
 from kvlink_rag.forward import run_at, run_behind
@@ -25,7 +26,13 @@ from kvlink_rag.link import ContextCache
 from kvlink_rag.load import Source, load
 from kvlink_rag.prefill import Prefill, Segment, Strategy
 from kvlink_rag.progress import bar
-from kvlink_rag.prompt import DEFAULT_BEHIND, EncodeBehind, PromptLayout, PromptTemplate
+from kvlink_rag.prompt import (
+    DEFAULT_BEHIND,
+    EncodeBehind,
+    PromptLayout,
+    PromptParts,
+    PromptTemplate,
+)
 from kvlink_rag.report import IndexReport, Report, Stopwatch
 from kvlink_rag.store import KVStore, open_store
 
@@ -47,6 +54,8 @@ class KVLinkEngine:
         store: where chunk caches are kept.
         name: what the model was named by.
         architecture: the model's sizes and fingerprint.
+        layout: the prompt's parts as token ids.
+        stop_ids: tokens that end an answer.
     """
 
     def __init__(
@@ -76,7 +85,7 @@ class KVLinkEngine:
         self.recompute_tokens = recompute_tokens
         self._encoder = Encoder(model, self.architecture)
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
-        self._stop_ids = stop_ids(model, tokenizer)
+        self.stop_ids = stop_ids(model, tokenizer)
         self._model_lock = threading.RLock()
 
     @classmethod
@@ -219,12 +228,13 @@ class KVLinkEngine:
 
     def prefill(
         self,
-        question: str,
+        question: str | Sequence[Message],
         chunks: Iterable[str | Chunk],
         *,
         strategy: Strategy | None = None,
         system: str | None = None,
         recompute_tokens: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Prefill:
         """Everything up to the logits of the first answer token.
 
@@ -233,33 +243,36 @@ class KVLinkEngine:
         Raises:
             InputError, AdapterRequiredError: as :meth:`answer`.
         """
-        request = self._request(question, chunks, strategy, system, recompute_tokens)
+        request = self._request(question, chunks, strategy, system, recompute_tokens, tools)
         prefill, computed = self._prefill(request, 0, Stopwatch())
         self._keep(computed)
         return prefill
 
     def _request(
         self,
-        question: str,
+        question: str | Sequence[Message],
         chunks: Iterable[str | Chunk],
         strategy: Strategy | None,
         system: str | None,
         recompute_tokens: int | None,
+        tools: Sequence[Mapping[str, Any]],
     ) -> Request:
         recompute = self.recompute_tokens if recompute_tokens is None else recompute_tokens
         if recompute < 0:
             raise InputError(f"recompute_tokens must be 0 or more, not {recompute}")
-        if not isinstance(question, str) or not question.strip():
-            raise InputError(f"the question must be a text, not {question!r}")
+        messages = as_messages(question, system)
         chosen = _check_strategy(strategy or self.strategy)
-        return Request(question, as_chunks(chunks), chosen, system, recompute)
+        return Request(messages, as_chunks(chunks), chosen, recompute, tools)
 
     def _prefill(
         self, request: Request, new_tokens: int, watch: Stopwatch
     ) -> tuple[Prefill, list[tuple[ChunkKV, list[str]]]]:
         """The prefill and the records it had to compute (not yet stored)."""
         report = Report(request.strategy)
-        token_ids, segments = self._lay_out(request)
+        around = self.layout.lay_out(
+            request.messages, tools=request.tools, with_chunks=bool(request.chunks)
+        )
+        token_ids, segments = self._lay_out(request, around)
         self._check_length(len(token_ids) + new_tokens, "the prompt with its answer")
         cache = self._encoder.new_cache(len(token_ids) + new_tokens)
         report.context_tokens = len(token_ids)
@@ -267,6 +280,8 @@ class KVLinkEngine:
         computed: list[tuple[ChunkKV, list[str]]] = []
         if request.strategy != "full":
             computed = self._link(request, token_ids, segments, cache, report, watch)
+            if not around.lasting:  # a conversation goes on: nobody will ask for this prefix again
+                computed = [c for c in computed if c[0].token_ids != tuple(around.prefix)]
         active = _active_positions(segments, request.strategy)
         with self._model_lock:
             logits = self._forward(cache, token_ids, active)
@@ -277,12 +292,12 @@ class KVLinkEngine:
         prefill = Prefill(logits, token_ids, positions, segments, report, cache, self.model)
         return prefill, computed
 
-    def _lay_out(self, request: Request) -> tuple[list[int], list[Segment]]:
+    def _lay_out(self, request: Request, around: PromptParts) -> tuple[list[int], list[Segment]]:
         """The prompt's token ids and what they are."""
         full = request.strategy == "full"
-        parts: list[tuple[Any, list[int]]] = [("prefix", self.layout.prefix(request.system))]
+        parts: list[tuple[Any, list[int]]] = [("prefix", around.prefix)]
         parts += [("chunk", self.layout.chunk(chunk)) for chunk in request.chunks]
-        parts += [("question", self.layout.question(request.question, request.system))]
+        parts += [("question", around.question)]
         token_ids: list[int] = []
         segments: list[Segment] = []
         for place, (kind, ids) in enumerate(parts):
@@ -389,38 +404,45 @@ class KVLinkEngine:
 
     def stream(
         self,
-        question: str,
+        question: str | Sequence[Message],
         chunks: Iterable[str | Chunk],
         *,
         strategy: Strategy | None = None,
         system: str | None = None,
         recompute_tokens: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         **settings: Any,
     ) -> AnswerStream:
         """The answer piece by piece; ``.report``, ``.text`` and ``.token_ids`` afterwards.
 
         Arguments and errors as :meth:`answer`. Also an async iterator.
         """
-        request = self._request(question, chunks, strategy, system, recompute_tokens)
+        request = self._request(question, chunks, strategy, system, recompute_tokens, tools)
         return AnswerStream(self, request, _settings(settings))
 
     def answer(
         self,
-        question: str,
+        question: str | Sequence[Message],
         chunks: Iterable[str | Chunk],
         *,
         strategy: Strategy | None = None,
         system: str | None = None,
         recompute_tokens: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         **settings: Any,
     ) -> Answer:
         """Answer a question from chunks, in the order given.
 
         Args:
+            question: a text, or the chat messages of a conversation
+                (:data:`kvlink_rag.conversation.Message`); :data:`kvlink_rag.CHUNKS` in one of them
+                says where the chunks stand.
             chunks: may be empty; what is not in the store is computed in place and stored.
             strategy: overrides the engine's.
             system: replaces the model's default system prompt; caches stay usable.
             recompute_tokens: overrides the engine's.
+            tools: JSON schemas of functions that the model may call, if its chat template shows
+                tools (``engine.layout.supports_tools``); its calls are part of the text.
             settings: ``max_new_tokens``, ``temperature``, ``top_p``, ``stop``, ``seed``
                 (:class:`kvlink_rag.generate.GenerateSettings`). Greedy by default.
 
@@ -435,6 +457,7 @@ class KVLinkEngine:
             strategy=strategy,
             system=system,
             recompute_tokens=recompute_tokens,
+            tools=tools,
             **settings,
         )
         for _ in stream:
@@ -446,7 +469,7 @@ class KVLinkEngine:
         token = first
         for produced in range(1, count + 1):
             yield token
-            if produced == count or token in self._stop_ids:
+            if produced == count or token in self.stop_ids:
                 return
             with self._model_lock:
                 logits = run_behind(self.model, prefill.cache, [token])
@@ -459,16 +482,20 @@ class KVLinkEngine:
         return await asyncio.to_thread(self.index, chunks, progress=progress)
 
     async def aprefill(
-        self, question: str, chunks: Iterable[str | Chunk], **options: Any
+        self, question: str | Sequence[Message], chunks: Iterable[str | Chunk], **options: Any
     ) -> Prefill:
         """:meth:`prefill` in a thread."""
         return await asyncio.to_thread(self.prefill, question, chunks, **options)
 
-    async def aanswer(self, question: str, chunks: Iterable[str | Chunk], **options: Any) -> Answer:
+    async def aanswer(
+        self, question: str | Sequence[Message], chunks: Iterable[str | Chunk], **options: Any
+    ) -> Answer:
         """:meth:`answer` in a thread."""
         return await asyncio.to_thread(self.answer, question, chunks, **options)
 
-    def astream(self, question: str, chunks: Iterable[str | Chunk], **options: Any) -> AnswerStream:
+    def astream(
+        self, question: str | Sequence[Message], chunks: Iterable[str | Chunk], **options: Any
+    ) -> AnswerStream:
         """:meth:`stream` for ``async for``."""
         return self.stream(question, chunks, **options)
 

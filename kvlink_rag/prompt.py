@@ -7,10 +7,11 @@ are tokenised alone and spliced in as ids, so a chunk's ids are the same in ever
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kvlink_rag.chunk import Chunk
+from kvlink_rag.conversation import CHUNKS_MARK, TEXT_MARK, Marked, Message, as_messages
 from kvlink_rag.errors import InputError
 
 EncodeBehind = Literal["system", "header", "alone"]
@@ -25,7 +27,6 @@ EncodeBehind = Literal["system", "header", "alone"]
 
 DEFAULT_BEHIND: EncodeBehind = "system"
 
-_SYSTEM, _CHUNKS, _QUESTION = "KVLINK0SYSTEM0", "KVLINK0CHUNKS0", "KVLINK0QUESTION0"
 _FIXED_DATE = "01 Jan 2024"
 _FIXED_DATE_MACRO = f"{{%- macro strftime_now(style) -%}}{_FIXED_DATE}{{%- endmacro -%}}"
 
@@ -59,6 +60,22 @@ class PromptTemplate:
             )
 
 
+@dataclass(frozen=True)
+class PromptParts:
+    """Token ids around the chunks.
+
+    Attributes:
+        prefix: before the first chunk; empty without chunks.
+        question: behind the last chunk, up to where the answer starts.
+        lasting: whether the prefix holds nothing that was said, only system prompts and the chat
+            template's words, so that other questions have the same.
+    """
+
+    prefix: list[int]
+    question: list[int]
+    lasting: bool
+
+
 class PromptLayout:
     """Token ids of the prompt's parts for one tokenizer.
 
@@ -73,12 +90,66 @@ class PromptLayout:
         self.tokenizer = tokenizer
         self.template = template or PromptTemplate()
         self._control_ids, self._control_pattern = _control_tokens(tokenizer)
-        self._parts = lru_cache(maxsize=64)(self._render_parts)
+        self._render = lru_cache(maxsize=64)(self._render_json)
+
+    def lay_out(
+        self,
+        question: str | Sequence[Message],
+        system: str | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        with_chunks: bool = True,
+    ) -> PromptParts:
+        """The prompt around the chunks.
+
+        Args:
+            question: a text, or the messages of a conversation.
+            system: replaces the model's default system prompt.
+            tools: JSON schemas of functions, for a chat template that shows them.
+            with_chunks: False leaves out the words around chunks, too.
+
+        Raises:
+            InputError: an empty question, messages that the chat template refuses or does not show
+                whole, or tools that it does not show.
+        """
+        if tools and not self.supports_tools:
+            raise InputError("the model's chat template shows no tools: leave tools out")
+        return self._parts(as_messages(question, system), tools, with_chunks)
+
+    def _parts(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        with_chunks: bool = True,
+        fixed_date: bool = False,
+    ) -> PromptParts:
+        words = (self.template.before, self.template.question) if with_chunks else ("", "")
+        marked = Marked(messages, *words, with_chunks)
+        rendered = self._render(json.dumps([marked.messages, list(tools)]), fixed_date)
+        numbers = sorted(int(number) for number in TEXT_MARK.findall(rendered))
+        if numbers != list(range(len(marked.texts))) or rendered.count(CHUNKS_MARK) != with_chunks:
+            raise InputError(
+                "the model's chat template does not show every message exactly once, so the prompt "
+                "cannot be split into prefix, chunks and question"
+            )
+        before, after = rendered.split(CHUNKS_MARK) if with_chunks else ("", rendered)
+        roles = {marked.texts[int(number)][0] for number in TEXT_MARK.findall(before)}
+        return PromptParts(self._ids(before, marked), self._ids(after, marked), roles <= {"system"})
+
+    @cached_property
+    def supports_tools(self) -> bool:
+        """Whether the model's chat template shows tools."""
+        if not self.tokenizer.chat_template:
+            return False
+        tool = {"name": "probe", "description": "", "parameters": {}}
+        tools = [{"type": "function", "function": tool}]
+        messages = [{"role": "user", "content": "question"}]
+        plain, shown = (self._render(json.dumps([messages, t]), False) for t in ([], tools))
+        return plain != shown
 
     def prefix(self, system: str | None = None) -> list[int]:
         """Token ids before the first chunk; ``system`` replaces the default system prompt."""
-        before, _ = self._parts(system is not None, False)
-        return self._ids(before, system or "")
+        return self.lay_out("question", system).prefix
 
     def question(self, question: str, system: str | None = None) -> list[int]:
         """Token ids behind the last chunk, up to where the answer starts.
@@ -86,10 +157,7 @@ class PromptLayout:
         Raises:
             InputError: the question is not a text, or empty.
         """
-        if not isinstance(question, str) or not question.strip():
-            raise InputError(f"the question must be a text, not {question!r}")
-        _, after = self._parts(system is not None, False)
-        return self._ids(after, question)
+        return self.lay_out(question, system).question
 
     def chunk(self, chunk: Chunk) -> list[int]:
         """Token ids of one chunk, encoded on its own."""
@@ -103,8 +171,8 @@ class PromptLayout:
         """
         if mode == "alone":
             return []
-        before, _ = self._parts(mode == "header", True)
-        return self._ids(before, "")
+        system = "" if mode == "header" else None
+        return self._parts(as_messages("question", system), fixed_date=True).prefix
 
     def encode_text(self, text: str) -> list[int]:
         """Tokenise user text so that it stays text, whatever control strings it contains."""
@@ -124,55 +192,60 @@ class PromptLayout:
         encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
         return list(encoded["input_ids"])
 
-    def _ids(self, template_text: str, user_text: str) -> list[int]:
-        """Template text with its special tokens, the place holder in it replaced by user text."""
+    def _ids(self, template_text: str, marked: Marked) -> list[int]:
+        """Template text with its special tokens, the marks in it replaced by texts."""
         ids: list[int] = []
-        for piece in re.split(f"({_SYSTEM}|{_QUESTION})", template_text):
-            if piece in (_SYSTEM, _QUESTION):
-                ids += self.encode_text(user_text) if user_text else []
-            else:
-                ids += self._encode(piece)
+        # every second piece is the number of a mark
+        for place, piece in enumerate(TEXT_MARK.split(template_text)):
+            ids += (
+                self.encode_text(marked.texts[int(piece)][1]) if place % 2 else self._encode(piece)
+            )
         return ids
 
-    def _render_parts(self, with_system: bool, fixed_date: bool) -> tuple[str, str]:
-        """The rendered prompt before and behind the chunks, place holders in it."""
-        user = self.template.before + _CHUNKS + self.template.question.format(question=_QUESTION)
-        rendered = self._render(user, with_system, fixed_date)
-        for mark in (_CHUNKS, _QUESTION, *([_SYSTEM] if with_system else [])):
-            if rendered.count(mark) != 1:
-                raise InputError(
-                    "the model's chat template does not show the user's message exactly once, so "
-                    "the prompt cannot be split into prefix, chunks and question"
-                )
-        before, after = rendered.split(_CHUNKS)
-        return before, after
-
-    def _render(self, user: str, with_system: bool, fixed_date: bool) -> str:
+    def _render_json(self, messages_and_tools: str, fixed_date: bool) -> str:
+        """The rendered conversation, given as JSON to remember what was rendered before."""
+        messages, tools = json.loads(messages_and_tools)
         if not self.tokenizer.chat_template:
-            bos = self.tokenizer.bos_token or ""
-            starts_with_bos = bos and self.tokenizer("").get("input_ids") == [
-                self.tokenizer.bos_token_id
-            ]
-            system = f"{_SYSTEM}\n\n" if with_system else ""
-            return f"{bos if starts_with_bos else ''}{system}{user}\nAnswer:"
+            return self._render_plain(messages)
         options = dict(self.template.options)
+        if tools:
+            options["tools"] = tools
         if fixed_date:
             # Some templates print today's date: a macro of that name hides transformers' function.
             template = _FIXED_DATE_MACRO + self.tokenizer.get_chat_template()
             options |= {"chat_template": template, "date_string": _FIXED_DATE}
-        messages = [{"role": "user", "content": user}]
-        if not with_system:
-            return self._apply(messages, options)
         try:
-            return self._apply([{"role": "system", "content": _SYSTEM}, *messages], options)
-        except TemplateError:  # no system role (Gemma 2): the user's turn carries it
-            return self._apply([{"role": "user", "content": f"{_SYSTEM}\n\n{user}"}], options)
+            return self._apply(messages, options)
+        except TemplateError as error:
+            if [m["role"] for m in messages[:2]] == ["system", "user"]:
+                # no system role (Gemma 2): the user's turn carries it
+                return self._apply(_without_system(messages), options)
+            raise InputError(f"the model's chat template refuses the messages: {error}") from error
 
-    def _apply(self, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+    def _render_plain(self, messages: Sequence[Message]) -> str:
+        """For a model without a chat template."""
+        bos = self.tokenizer.bos_token or ""
+        if not bos or self.tokenizer("").get("input_ids") != [self.tokenizer.bos_token_id]:
+            bos = ""
+        forms = {"user": "{}\nAnswer:", "assistant": " {}\n\n"}
+        return bos + "".join(
+            forms.get(m["role"], "{}\n\n").format(m["content"]) for m in messages if m["content"]
+        )
+
+    def _apply(self, messages: Sequence[Message], options: dict[str, Any]) -> str:
         rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **options
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+            **options,
         )
         return str(rendered)
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    system, user, *rest = messages
+    texts = [text for text in (system["content"], user["content"]) if text]
+    return [{**user, "content": "\n\n".join(texts)}, *rest]
 
 
 def _control_tokens(

@@ -198,7 +198,7 @@ class TestAnswer:
 
     def test_an_end_token_ends_the_answer(self, engine):
         tokens = engine.answer(QUESTION, CHUNKS, max_new_tokens=12).token_ids
-        engine._stop_ids = frozenset([tokens[4]])
+        engine.stop_ids = frozenset([tokens[4]])
         ended = engine.answer(QUESTION, CHUNKS, max_new_tokens=12)
         assert ended.token_ids == tokens[: tokens.index(tokens[4]) + 1]
         assert ended.report.new_tokens == len(ended.token_ids)

@@ -14,7 +14,7 @@ ROOT = Path(kvlink_rag.__file__).parent
 # From the ground up: a module imports only from its own floor and those below.
 FLOORS = [
     {"errors", "chunk", "rope", "report", "progress"},
-    {"architecture", "attention", "link", "models", "prompt", "generate", "store"},
+    {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
     {"encode", "forward", "prefill", "load", "embeddings"},
     {"answer"},
     {"engine"},
@@ -49,6 +49,7 @@ def part(path: Path) -> str:
 
 def test_all_is_pinned():
     assert kvlink_rag.__all__ == [
+        "CHUNKS",
         "AdapterRequiredError",
         "Answer",
         "AnswerStream",
@@ -60,6 +61,7 @@ def test_all_is_pinned():
         "KVLinkEngine",
         "KVLinkError",
         "KVLinkWarning",
+        "Message",
         "ModelNotFoundError",
         "PromptTemplate",
         "Report",
