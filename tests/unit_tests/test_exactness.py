@@ -75,7 +75,7 @@ def test_chunks_of_one_token(name, monkeypatch):
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_twenty_greedy_tokens(name, strategy):
     engine = tiny.engine(name, recompute_tokens=5)
-    engine._stop_ids = frozenset()
+    engine.stop_ids = frozenset()
     answer = engine.answer(QUESTION, TEXTS, strategy=strategy, max_new_tokens=20)
     reference = tiny.Reference(engine.prefill(QUESTION, TEXTS, strategy=strategy))
     for token in answer.token_ids:
@@ -96,7 +96,7 @@ def test_recompute_of_everything_is_full(name):
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_full_is_generate_of_transformers(name):
     engine = tiny.engine(name)
-    engine._stop_ids = frozenset()
+    engine.stop_ids = frozenset()
     answer = engine.answer(QUESTION, TEXTS, strategy="full", max_new_tokens=20)
     prompt = torch.tensor([engine.prefill(QUESTION, TEXTS, strategy="full").token_ids])
     expected = tiny.model(name).generate(
@@ -108,7 +108,7 @@ def test_full_is_generate_of_transformers(name):
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_generate_of_transformers_goes_on_from_our_cache(name):
     engine = tiny.engine(name)
-    engine._stop_ids = frozenset()
+    engine.stop_ids = frozenset()
     answer = engine.answer(QUESTION, TEXTS, max_new_tokens=20)
     prefill = engine.prefill(QUESTION, TEXTS)
     prompt = torch.tensor([[*prefill.token_ids, int(prefill.logits.argmax())]])
