@@ -33,6 +33,7 @@ from kvlink_rag.store import FolderStore
 
 LENGTHS = (1000, 2000, 4000, 5000, 8000)
 CHUNKS = 10
+INDEX_CHUNK_TOKENS = (200, 500)
 QUESTION = "Which of these documents tells when the first of them was written, and by whom?"
 STRATEGIES: tuple[Strategy, ...] = ("full", "reuse", "recompute")
 
@@ -64,14 +65,22 @@ class LengthResult:
 
 
 @dataclass
+class IndexResult:
+    """Tokens a second of indexing to disk, and of a plain batched forward pass of the same."""
+
+    chunk_tokens: int
+    index: Series
+    forward: Series
+
+
+@dataclass
 class BenchResult:
     """Everything one run measured."""
 
     machine: dict[str, Any]
     lengths: list[LengthResult]
     decode_s: Series
-    index_tokens_s: Series
-    forward_tokens_s: Series
+    indexing: list[IndexResult]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -85,8 +94,14 @@ class BenchResult:
                 for each in self.lengths
             ],
             "decode_s_per_token": self.decode_s.as_dict(),
-            "index_tokens_per_s": self.index_tokens_s.as_dict(),
-            "plain_forward_tokens_per_s": self.forward_tokens_s.as_dict(),
+            "indexing": [
+                {
+                    "chunk_tokens": each.chunk_tokens,
+                    "index_tokens_per_s": each.index.as_dict(),
+                    "plain_forward_tokens_per_s": each.forward.as_dict(),
+                }
+                for each in self.indexing
+            ],
         }
 
 
@@ -122,7 +137,7 @@ def run_bench(
     ids = _corpus_ids(engine, texts)
     with (
         tempfile.TemporaryDirectory(prefix="kvlink-bench-") as folder,
-        bar("Measuring", len(lengths) * repeats + 2 * repeats, enabled=progress) as show,
+        bar("Measuring", _count(len(lengths), repeats), enabled=progress) as show,
     ):
         steps = _Steps(show)
         engine = engine.with_store(FolderStore(Path(folder) / "ttft"))
@@ -131,8 +146,16 @@ def run_bench(
             for length in lengths
         ]
         decode = _measure_decode(engine, cut_chunks(engine, ids, max(lengths), rng), repeats, steps)
-        index, forward = _measure_index(engine, ids, Path(folder), repeats, rng, steps)
-    return BenchResult(machine(engine), results, decode, index, forward)
+        indexing = [
+            _measure_index(engine, ids, tokens, Path(folder), repeats, rng, steps)
+            for tokens in INDEX_CHUNK_TOKENS
+        ]
+    return BenchResult(machine(engine), results, decode, indexing)
+
+
+def _count(lengths: int, repeats: int) -> int:
+    """Steps of the progress bar: lengths, decoding, and indexing with a warm-up each."""
+    return (lengths + 1) * repeats + len(INDEX_CHUNK_TOKENS) * (repeats + 1)
 
 
 class _Steps:
@@ -230,29 +253,34 @@ def _measure_decode(
 def _measure_index(
     engine: KVLinkEngine,
     ids: list[int],
+    chunk_tokens: int,
     folder: Path,
     repeats: int,
     rng: random.Random,
     step: _Steps,
-) -> tuple[Series, Series]:
-    """Tokens a second of indexing to disk, and of a plain batched forward pass of the same."""
-    index, forward = Series(), Series()
-    for place in range(repeats):
-        chunks = [chunk for _ in range(3) for chunk in cut_chunks(engine, ids, 2000, rng)]
+) -> IndexResult:
+    """Index about 5,000 tokens, and run them through the model without keeping anything.
+
+    The first time both run untimed: it pays for memory that the process has not touched yet.
+    """
+    result = IndexResult(chunk_tokens, Series(), Series())
+    for place in range(repeats + 1):
+        sets = range(round(500 / chunk_tokens))
+        length = chunk_tokens * CHUNKS
+        chunks = [chunk for _ in sets for chunk in cut_chunks(engine, ids, length, rng)]
         texts = [engine.layout.chunk(chunk) for chunk in chunks]
         tokens = sum(map(len, texts))
-        twin = engine.with_store(FolderStore(folder / f"index-{place}"))
-        for kind in rng.sample(["index", "forward"], 2):
+        twin = engine.with_store(FolderStore(folder / f"index-{chunk_tokens}-{place}"))
+        for series in rng.sample([result.index, result.forward], 2):
             start = time.perf_counter()
-            if kind == "index":
+            if series is result.index:
                 twin.index(chunks, progress=False)
             else:
                 plain_forward(engine, texts)
-            (index if kind == "index" else forward).seconds.append(
-                tokens / (time.perf_counter() - start)
-            )
+            if place > 0:
+                series.seconds.append(tokens / (time.perf_counter() - start))
         step()
-    return index, forward
+    return result
 
 
 @torch.inference_mode()
@@ -299,19 +327,27 @@ def table(result: BenchResult) -> str:
             f"{reuse / each.series['floor'].median:.2f}",
         ]
         lines.append(f"| {each.tokens} | {' | '.join([*cells, *shares])} |")
-    index, forward = result.index_tokens_s.median, result.forward_tokens_s.median
     lines += [
         "",
-        f"Indexing: {index:.0f} tokens/s, {100 * index / forward:.0f} % of a plain batched forward "
-        f"pass ({forward:.0f} tokens/s). Decoding: {1000 * result.decode_s.median:.0f} ms a token "
-        f"over {result.lengths[-1].tokens} tokens.",
+        "| tokens a chunk | indexing, tokens/s | plain batched forward pass, tokens/s | share |",
+        "|---|---|---|---|",
+    ]
+    for row in result.indexing:
+        cells = [_cell(series, 0) for series in (row.index, row.forward)]
+        share = 100 * row.index.median / row.forward.median
+        lines.append(f"| {row.chunk_tokens} | {' | '.join(cells)} | {share:.0f} % |")
+    lines += [
+        "",
+        f"Decoding: {1000 * result.decode_s.median:.0f} ms a token over "
+        f"{result.lengths[-1].tokens} tokens.",
         ", ".join(f"{name} {value}" for name, value in result.machine.items()) + ".",
     ]
     return "\n".join(lines)
 
 
-def _cell(series: Series) -> str:
-    return f"{series.median:.3f} ({min(series.seconds):.3f}-{max(series.seconds):.3f})"
+def _cell(series: Series, digits: int = 3) -> str:
+    values = (series.median, min(series.seconds), max(series.seconds))
+    return "{} ({}-{})".format(*(f"{value:.{digits}f}" for value in values))
 
 
 def plot(result: BenchResult, path: Path) -> None:

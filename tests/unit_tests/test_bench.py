@@ -23,6 +23,10 @@ def test_every_strategy_is_measured_equally_often(result):
         )
     assert [each.tokens for each in result.lengths] == pytest.approx([300, 600], rel=0.1)
     assert result.lengths[0].bytes_read > 0
+    assert [row.chunk_tokens for row in result.indexing] == [200, 500]
+    for row in result.indexing:
+        assert len(row.index.seconds) == len(row.forward.seconds) == 2
+        assert f"| {row.chunk_tokens} | {row.index.median:.0f} (" in table(result)
 
 
 def test_files_hold_what_was_measured(result, tmp_path):
