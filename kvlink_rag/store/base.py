@@ -69,6 +69,9 @@ class KVStore(Protocol):
             the number of entries removed.
         """
 
+    def references(self) -> list[tuple[str, str]]:
+        """All pairs ``(document id, key)``."""
+
     def stat(self) -> StoreStat:
         """Counts and sizes, from the catalog."""
 

@@ -81,6 +81,11 @@ class MemoryStore:
                     self._keys[document] = kept
         return removed
 
+    def references(self) -> list[tuple[str, str]]:
+        """All pairs ``(document id, key)``."""
+        with self._lock:
+            return [(document, key) for document, keys in self._keys.items() for key in keys]
+
     def stat(self) -> StoreStat:
         """Counts and sizes; ``nbytes`` are those of keys and values."""
         with self._lock:

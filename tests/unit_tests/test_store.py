@@ -106,6 +106,17 @@ def test_a_reference_holds_before_its_entry_is_there(store: KVStore) -> None:
     assert store.release(["a"]) == 1
 
 
+def test_references_are_listed(store: KVStore) -> None:
+    first, second = make_record(1), make_record(2)
+    store.put(first, ["a", "b"])
+    store.put(second, ["a"])
+    assert sorted(store.references()) == sorted(
+        [("a", first.key), ("a", second.key), ("b", first.key)]
+    )
+    store.release(["a"])
+    assert store.references() == [("b", first.key)]
+
+
 def test_stat_counts(store: KVStore) -> None:
     store.put(make_record(1, 2), ["a", "b"])
     store.put(make_record(3), [])
