@@ -7,8 +7,10 @@ are tokenised alone and spliced in as ids, so a chunk's ids are the same in ever
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -91,6 +93,10 @@ class PromptLayout:
         self.template = template or PromptTemplate()
         self._control_ids, self._control_pattern = _control_tokens(tokenizer)
         self._render = lru_cache(maxsize=64)(self._render_json)
+        # Whether special tokens are text is a setting that transformers keeps in the tokenizer, for
+        # all threads: ours is a tokenizer of its own, for one thread at a time.
+        self._encoder = copy.deepcopy(tokenizer)
+        self._encoding = threading.Lock()
 
     def lay_out(
         self,
@@ -189,7 +195,8 @@ class PromptLayout:
     def _encode(self, text: str, **options: Any) -> list[int]:
         if not text:
             return []
-        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+        with self._encoding:
+            encoded = self._encoder(text, add_special_tokens=False, verbose=False, **options)
         return list(encoded["input_ids"])
 
     def _ids(self, template_text: str, marked: Marked) -> list[int]:
