@@ -81,10 +81,15 @@ class MemoryStore:
                     self._keys[document] = kept
         return removed
 
-    def references(self) -> list[tuple[str, str]]:
-        """All pairs ``(document id, key)``."""
+    def references(self, prefix: str = "") -> list[tuple[str, str]]:
+        """Pairs ``(document id, key)``: all, or of documents whose id starts with ``prefix``."""
         with self._lock:
-            return [(document, key) for document, keys in self._keys.items() for key in keys]
+            return [
+                (document, key)
+                for document, keys in self._keys.items()
+                if document.startswith(prefix)
+                for key in keys
+            ]
 
     def stat(self) -> StoreStat:
         """Counts and sizes; ``nbytes`` are those of keys and values."""
