@@ -10,7 +10,6 @@ from llama_index.core import Document, SummaryIndex
 from llama_index.core.node_parser import SentenceSplitter, SentenceWindowNodeParser
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
-from llama_index.core.vector_stores import SimpleVectorStore
 from llama_index.llms.kvlink import KVLinkQueryEngine, KVLinkTransform, KVLinkVectorStore, prune
 
 from kvlink_rag import InputError, KVLinkEngine
@@ -135,4 +134,3 @@ def test_what_is_no_holder_is_named(holder: Any) -> None:
     with pytest.raises(InputError, match="FaissVectorStore cannot list"):
         prune(engine, lib.vector_store("faiss"))
     assert entries(engine) == 8
-    assert isinstance(lib.vector_store("simple"), SimpleVectorStore)
