@@ -6,6 +6,7 @@ import asyncio
 import copy
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -235,6 +236,7 @@ def test_a_model_is_loaded_once_and_when_needed(monkeypatch: pytest.MonkeyPatch)
 
     def load(model: str, **options: Any) -> KVLinkEngine:
         loads.append((model, options))
+        time.sleep(0.05)  # the others come meanwhile
         return ENGINE
 
     monkeypatch.setattr(KVLinkEngine, "from_pretrained", load)
