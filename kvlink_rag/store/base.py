@@ -69,6 +69,12 @@ class KVStore(Protocol):
             the number of entries removed.
         """
 
+    def references(self, prefix: str = "") -> list[tuple[str, str]]:
+        """Pairs ``(document id, key)``: all, or of documents whose id starts with ``prefix``.
+
+        So ids that begin alike can be released together, whoever wrote them.
+        """
+
     def stat(self) -> StoreStat:
         """Counts and sizes, from the catalog."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -200,9 +201,11 @@ def keys(tx: sqlite3.Connection) -> set[str]:
     return {row[0] for row in tx.execute("SELECT key FROM entries")}
 
 
-def references(tx: sqlite3.Connection) -> Iterator[tuple[str, str]]:
-    """All pairs ``(document, key)``."""
-    yield from tx.execute("SELECT document, key FROM refs")
+def references(tx: sqlite3.Connection, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Pairs ``(document, key)`` of the documents that start with ``prefix``."""
+    last = prefix + chr(sys.maxunicode)  # a range, so that the primary key serves it
+    query = "SELECT document, key FROM refs WHERE document >= ? AND document < ?"
+    yield from tx.execute(query, (prefix, last))
 
 
 def unreferenced(tx: sqlite3.Connection) -> set[str]:

@@ -143,10 +143,10 @@ class FolderStore:
                 removed += self._catalog.write(partial(self._let_go, documents=batch, keep=keep))
         return removed
 
-    def references(self) -> list[tuple[str, str]]:
-        """All pairs ``(document id, key)``."""
+    def references(self, prefix: str = "") -> list[tuple[str, str]]:
+        """Pairs ``(document id, key)``: all, or of documents whose id starts with ``prefix``."""
         with explained("read the store", self.path):
-            return self._catalog.read(lambda tx: list(sql.references(tx)))
+            return self._catalog.read(lambda tx: list(sql.references(tx, prefix)))
 
     def stat(self) -> StoreStat:
         """Counts and sizes, from the catalog."""

@@ -81,6 +81,16 @@ class MemoryStore:
                     self._keys[document] = kept
         return removed
 
+    def references(self, prefix: str = "") -> list[tuple[str, str]]:
+        """Pairs ``(document id, key)``: all, or of documents whose id starts with ``prefix``."""
+        with self._lock:
+            return [
+                (document, key)
+                for document, keys in self._keys.items()
+                if document.startswith(prefix)
+                for key in keys
+            ]
+
     def stat(self) -> StoreStat:
         """Counts and sizes; ``nbytes`` are those of keys and values."""
         with self._lock:

@@ -106,6 +106,31 @@ def test_a_reference_holds_before_its_entry_is_there(store: KVStore) -> None:
     assert store.release(["a"]) == 1
 
 
+def test_references_are_listed(store: KVStore) -> None:
+    first, second = make_record(1), make_record(2)
+    store.put(first, ["a", "b"])
+    store.put(second, ["a"])
+    assert sorted(store.references()) == sorted(
+        [("a", first.key), ("a", second.key), ("b", first.key)]
+    )
+    store.release(["a"])
+    assert store.references() == [("b", first.key)]
+
+
+def test_references_are_listed_by_the_start_of_the_document_id(store: KVStore) -> None:
+    first, second = make_record(1), make_record(2)
+    store.put(first, ["a:1", "a:2", "ab", "é"])
+    store.put(second, ["a:1", "%a:1"])
+    a = [("a:1", first.key), ("a:1", second.key), ("a:2", first.key)]
+    rest = [("%a:1", second.key), ("ab", first.key), ("é", first.key)]
+    assert sorted(store.references()) == sorted(a + rest)
+    assert sorted(store.references("a:")) == sorted(a)
+    assert store.references("é") == [("é", first.key)]
+    assert store.references("none") == []
+    store.release(["a:1"])
+    assert sorted(store.references("a:")) == [("a:2", first.key)]
+
+
 def test_stat_counts(store: KVStore) -> None:
     store.put(make_record(1, 2), ["a", "b"])
     store.put(make_record(3), [])
