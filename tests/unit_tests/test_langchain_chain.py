@@ -195,6 +195,8 @@ class TestOptions:
             ({"context": DOCUMENTS, "input": " "}, "'input' is ' '"),
             ({"context": DOCUMENTS, "input": HISTORY}, "it must be the question"),
             ({"context": "formatted", "input": "Colour?"}, "pass a list of documents"),
+            ({**INPUTS, "chat_history": "Hello!"}, "'chat_history' is a text"),
+            ("Colour?", "no 'context' among the inputs 'Colour\\?'"),
         ],
     )
     def test_what_is_missing_is_named(
@@ -203,9 +205,21 @@ class TestOptions:
         with pytest.raises(InputError, match=problem):
             create_kvlink_documents_chain(chat).invoke(inputs)
 
+    def test_another_model_would_not_show_the_documents(self) -> None:
+        model = FakeListChatModel(responses=["x"])
+        for other in (model, model.bind(stop=["x"]), model.with_retry().with_config(tags=["a"])):
+            with pytest.raises(InputError, match="FakeListChatModel, which takes no documents"):
+                create_kvlink_documents_chain(other)
+
 
 def answers(retriever: Any, chain: Any) -> Any:
     return {"context": retriever, "input": RunnablePassthrough()} | chain
+
+
+def test_its_schemas_can_be_shown(chat: ChatKVLink) -> None:
+    chain = create_kvlink_documents_chain(chat)
+    assert chain.get_input_jsonschema()["type"] == "object"
+    assert chain.get_output_jsonschema()["title"]
 
 
 class TestInPipelines:

@@ -185,6 +185,10 @@ class TestSettings:
         with pytest.raises(InputError, match=problem):
             asyncio.run(gathered(chat.astream(QUESTION, **options)))
 
+    def test_two_system_prompts_are_one_too_many(self, engine: KVLinkEngine) -> None:
+        with pytest.raises(InputError, match="leave one of them out"):
+            ChatKVLink(engine=engine, system="A").invoke([("system", "B"), ("human", QUESTION)])
+
     def test_parameters_for_remote_models_are_accepted(self, engine: KVLinkEngine) -> None:
         ChatKVLink(engine=engine, timeout=5, max_retries=2, api_key="none", base_url="none")
 

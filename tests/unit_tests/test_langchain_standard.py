@@ -15,14 +15,18 @@ from langchain_community.vectorstores import FAISS
 from langchain_core.language_models import BaseChatModel
 from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from langchain_kvlink import ChatKVLink, KVLinkVectorStore
-from langchain_tests.integration_tests import VectorStoreIntegrationTests
+from langchain_tests.integration_tests import (
+    ChatModelIntegrationTests,
+    VectorStoreIntegrationTests,
+)
 from langchain_tests.integration_tests.vectorstores import EMBEDDING_SIZE
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from kvlink_rag import KVLinkEngine
 
-for _name, _test in inspect.getmembers(VectorStoreIntegrationTests, inspect.iscoroutinefunction):
-    pytest.mark.asyncio(_test)  # the suite leaves that to a setting of its users
+for _suite in (VectorStoreIntegrationTests, ChatModelIntegrationTests):
+    for _name, _test in inspect.getmembers(_suite, inspect.iscoroutinefunction):
+        pytest.mark.asyncio(_test)  # the suites leave that to a setting of their users
 
 
 def ids_in_use(error: type[Exception]) -> pytest.MarkDecorator:
@@ -81,11 +85,11 @@ class TestFaiss(VectorStoreIntegrationTests):
 
 
 @cache
-def engine_with_tools() -> KVLinkEngine:
-    return tiny_tools.engine()
+def obliging_engine() -> KVLinkEngine:
+    return tiny_tools.obliging_engine()
 
 
-class TestChatModel(ChatModelUnitTests):
+class WithTools:
     """A model whose chat template shows tools; the default model's does not."""
 
     @property
@@ -94,8 +98,18 @@ class TestChatModel(ChatModelUnitTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": engine_with_tools()}
+        return {"engine": obliging_engine()}
 
     @property
     def supports_model_override(self) -> bool:
         return False  # another model is another ChatKVLink
+
+
+class TestChatModelUnits(WithTools, ChatModelUnitTests):
+    pass
+
+
+class TestChatModel(WithTools, ChatModelIntegrationTests):
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        return {**super().standard_chat_model_params, "max_tokens": 1000}  # of one byte each

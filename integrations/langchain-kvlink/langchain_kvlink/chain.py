@@ -6,15 +6,17 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models import BaseLanguageModel, LanguageModelInput
 from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messages
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables.base import RunnableBindingBase
 
 from kvlink_rag import InputError
+from langchain_kvlink.chat_model import ChatKVLink
 
-PLACE = {"type": "text-plain", "mime_type": "text/plain", "text": ""}
+PLACE: dict[Any, Any] = {"type": "text-plain", "mime_type": "text/plain", "text": ""}
 """An empty document: where it stands, ``documents=`` stand (:class:`ChatKVLink`)."""
 
 
@@ -50,14 +52,16 @@ def create_kvlink_documents_chain(
             f"the prompt has the variables {prompt.input_variables}: it must have "
             f"{document_variable_name!r}, where the documents stand"
         )
+    _check_model(model)
     parser = output_parser or StrOutputParser()
     rendering = {"document_prompt": document_prompt} if document_prompt is not None else {}
 
-    def answer(inputs: dict[str, Any]) -> Runnable[Any, Any]:
-        if document_variable_name not in inputs:
+    def answer(inputs: dict[str, Any]) -> Any:
+        if not isinstance(inputs, Mapping) or document_variable_name not in inputs:
+            given = sorted(inputs) if isinstance(inputs, Mapping) else repr(inputs)
             raise InputError(
-                f"there is no {document_variable_name!r} among the inputs {sorted(inputs)}: "
-                "pass the documents under it"
+                f"there is no {document_variable_name!r} among the inputs {given}: pass a dict "
+                "with the documents under it"
             )
         if prompt is None:
             messages = _asked(inputs)
@@ -69,12 +73,25 @@ def create_kvlink_documents_chain(
     return RunnableLambda(answer).with_config(run_name="kvlink_documents_chain")
 
 
+def _check_model(model: object) -> None:
+    """Another model would not show the documents, and say nothing about it."""
+    while isinstance(model, RunnableBindingBase):
+        model = model.bound
+    if isinstance(model, BaseLanguageModel) and not isinstance(model, ChatKVLink):
+        raise InputError(
+            f"the model is a {type(model).__name__}, which takes no documents: pass a ChatKVLink"
+        )
+
+
 def _asked(inputs: Mapping[str, Any]) -> list[BaseMessage]:
     """The question behind the conversation so far; the engine puts its words around it."""
     question = inputs.get("input")
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"'input' is {question!r}: without a prompt it must be the question")
-    return [*convert_to_messages(inputs.get("chat_history") or []), HumanMessage(question)]
+    history = inputs.get("chat_history") or []
+    if isinstance(history, str):
+        raise InputError("'chat_history' is a text: pass a list of messages")
+    return [*convert_to_messages(history), HumanMessage(question)]
 
 
 def _filled(
@@ -86,19 +103,20 @@ def _filled(
     found = 0
     for place, message in enumerate(messages):
         content = message.content
-        parts: list[str | dict[Any, Any]] = []
-        for block in [content] if isinstance(content, str) else content:
-            text = block if isinstance(block, str) else block.get("text")
-            if not isinstance(text, str) or mark not in text:
-                parts.append(block)
-                continue
-            first, *rest = text.split(mark)
-            parts.append(first)
-            for text_behind in rest:
-                found += 1
-                parts += [PLACE, text_behind]
-        if parts != [content]:
+        blocks = [content] if isinstance(content, str) else content
+        parts = [part for block in blocks for part in _cut(block, mark)]
+        if PLACE in parts:
+            found += parts.count(PLACE)
             messages[place] = message.model_copy(update={"content": parts})
     if found != 1:
         raise InputError(f"the prompt shows {{{name}}} {found} times: show the documents once")
     return messages
+
+
+def _cut(block: str | dict[Any, Any], mark: str) -> list[str | dict[Any, Any]]:
+    """A block of text with :data:`PLACE` for each mark in it."""
+    text = block if isinstance(block, str) else block.get("text")
+    if not isinstance(text, str) or mark not in text:
+        return [block]
+    first, *rest = text.split(mark)
+    return [first, *(part for behind in rest for part in (PLACE, behind))]

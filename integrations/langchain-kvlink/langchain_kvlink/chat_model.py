@@ -215,7 +215,8 @@ class ChatKVLink(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         call = self._call(messages, stop, kwargs)
-        stream, content = call.stream(self.engine), ContentFilter()
+        stream = call.stream(self.engine)
+        content = ContentFilter()
         for piece in stream:
             if shown := content.push(piece) if call.has_tools else piece:
                 chunk = ChatGenerationChunk(message=AIMessageChunk(content=shown))
@@ -235,10 +236,8 @@ class ChatKVLink(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         call = self._call(messages, stop, kwargs)
-        stream, content = (
-            call.stream(await asyncio.to_thread(self.lazy_engine.get)),
-            ContentFilter(),
-        )
+        stream = call.stream(await asyncio.to_thread(self.lazy_engine.get))
+        content = ContentFilter()
         async for piece in stream:
             if shown := content.push(piece) if call.has_tools else piece:
                 chunk = ChatGenerationChunk(message=AIMessageChunk(content=shown))
