@@ -23,6 +23,7 @@ from langchain_core.prompts import PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.tools import create_retriever_tool
 from langchain_kvlink import ChatKVLink
+from langchain_kvlink.conversation import Conversation
 
 from kvlink_rag import CHUNKS, Chunk, InputError
 
@@ -144,6 +145,16 @@ def test_content_blocks_stand_where_they_are(asked: Asked, blocks: list[Any]) ->
         {"role": "user", "content": QUESTION},
     ]
     expect(asked, said)
+
+
+def test_neighbouring_texts_are_one_text() -> None:
+    """They are tokenised as one, whatever the tokenizer."""
+    said = HumanMessage(["Read ", {"type": "text", "text": "th"}, "is: ", BLOCKS[0], "A", "B"])
+    assert Conversation([said]).messages == [
+        {"role": "user", "content": ["Read this: ", CHUNKS, "AB"]}
+    ]
+    plain = HumanMessage([{"type": "text", "text": "Wh"}, "y?"])
+    assert Conversation([plain]).messages == [{"role": "user", "content": "Why?"}]
 
 
 def test_titles_of_blocks_are_shown(asked: Asked) -> None:
