@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -37,6 +38,38 @@ SMALLER = {
 }
 BY_MAKE = {"make demo", "make test"}
 INSTALL = "pip install ."
+
+# What a reader has around the lines of each framework's diff.
+PIPELINES = {
+    "langchain_kvlink": """
+from langchain_classic.chains import create_retrieval_chain
+from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.vectorstores import InMemoryVectorStore
+documents = [Document("Bees dance to tell others where flowers are."), Document("Ants smell.")]
+embeddings = DeterministicFakeEmbedding(size=8)
+question = "How do bees tell where flowers are?"
+""",
+    "llama_index.llms.kvlink": """
+from llama_index.core import Document, MockEmbedding, VectorStoreIndex
+from llama_index.core.llms import MockLLM
+from llama_index.core.node_parser import SentenceSplitter
+documents = [Document(text="Bees dance to tell others where flowers are."), Document(text="Ants.")]
+embed_model = MockEmbedding(embed_dim=8)
+question = "How do bees tell where flowers are?"
+""",
+}
+NEEDS_A_SERVER = {
+    "langchain_kvlink": (
+        'init_chat_model("ollama:smollm2:135m")',
+        'FakeListChatModel(responses=["They dance."])',
+    ),
+    "llama_index.llms.kvlink": ('Ollama("smollm2:135m")', "MockLLM(max_tokens=2)"),
+}
+"""The stock models, and what runs in their place here."""
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +164,22 @@ def test_pip_install_gives_package_corpus_and_command(tmp_path):
 def test_python_blocks(code, capsys):
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("framework", PIPELINES)
+def test_stock_pipelines_and_their_three_changed_lines(framework, capsys):
+    (diff,) = [block for block in blocks("diff") if framework in block]
+    imports = [line for line in diff.splitlines() if line.startswith("+from")]
+    added = [line for line in diff.splitlines() if line.startswith("+")]
+    assert len(added) - len(imports) == 3
+    assert NEEDS_A_SERVER[framework][0] in diff
+    for dropped in "+-":
+        code = "\n".join(line[1:] for line in diff.splitlines() if line[:1] != dropped)
+        code = PIPELINES[framework] + code.replace(*NEEDS_A_SERVER[framework])
+        names: dict[str, Any] = {}
+        exec(compile(code, "README.md", "exec"), names)
+        assert capsys.readouterr().out.strip()
+    assert names["llm"].engine.store.stat().documents == 2
 
 
 def split(command: str) -> list[str]:
