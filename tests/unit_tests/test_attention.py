@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvlink_rag import attention
@@ -85,11 +86,11 @@ def test_encoding_takes_it_and_gives_the_model_back(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_model_with_another_attention_keeps_it() -> None:
-    engine = tiny.engine("gemma2")
-    before = engine.model.config._attn_implementation
-    assert before == "eager"
-    with fast_attention(engine.model):
-        assert engine.model.config._attn_implementation == before
+    config = tiny.CONFIGS["llama"]()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with fast_attention(model):
+        assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "eager"
 
 
 def test_the_setting_is_given_back_after_an_error() -> None:
