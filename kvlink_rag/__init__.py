@@ -7,11 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvlink_rag.adapter import Adapter
     from kvlink_rag.answer import Answer, AnswerStream
     from kvlink_rag.chunk import Chunk, ScoredChunk
     from kvlink_rag.conversation import CHUNKS, Message
     from kvlink_rag.engine import KVLinkEngine
     from kvlink_rag.errors import (
+        AdapterError,
         AdapterRequiredError,
         IndexMismatchError,
         InputError,
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHUNKS",
+    "Adapter",
+    "AdapterError",
     "AdapterRequiredError",
     "Answer",
     "AnswerStream",
@@ -49,6 +53,7 @@ __all__ = [
 
 _MODULES = {
     "CHUNKS": "conversation",
+    "Adapter": "adapter",
     "Answer": "answer",
     "AnswerStream": "answer",
     "Chunk": "chunk",

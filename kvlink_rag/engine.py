@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlink_rag.adapter import Adapter, LinkTokens, load_adapter, shipped_adapters
 from kvlink_rag.answer import Answer, AnswerStream, Request
 from kvlink_rag.architecture import Architecture, inspect_model
 from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
@@ -24,7 +25,7 @@ from kvlink_rag.forward import run_at, run_behind
 from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
 from kvlink_rag.link import ContextCache
 from kvlink_rag.load import Source, load
-from kvlink_rag.prefill import Prefill, Segment, Strategy
+from kvlink_rag.prefill import Prefill, Segment, SegmentKind, Strategy
 from kvlink_rag.progress import bar
 from kvlink_rag.prompt import (
     DEFAULT_BEHIND,
@@ -50,7 +51,10 @@ class KVLinkEngine:
     at a time, everything else of an answer is its own.
 
     Attributes:
-        model, tokenizer: the transformers objects.
+        model, tokenizer: the transformers objects; the model is what chunks are encoded with.
+        reader: what link tokens, question and answer run through: the model, or its twin with the
+            LoRA of a cache-preserving adapter, which shares its weights.
+        adapter: trained link tokens and LoRA, or None.
         store: where chunk caches are kept.
         name: what the model was named by.
         architecture: the model's sizes and fingerprint.
@@ -66,24 +70,29 @@ class KVLinkEngine:
         name: str,
         store: KVStore,
         strategy: Strategy = "reuse",
-        encode_behind: EncodeBehind = DEFAULT_BEHIND,
+        adapter: Adapter | None = None,
+        encode_behind: EncodeBehind | None = None,
         recompute_tokens: int = 16,
         prompt: PromptTemplate | None = None,
     ) -> None:
-        self.model = model
+        self.adapter = adapter
+        self._base = model
+        self.model, self.reader = adapter.apply(model) if adapter else (model, model)
         self.tokenizer = tokenizer
         self.name = name
         self.store = store
-        self.architecture: Architecture = inspect_model(model, name)
-        self.layout = PromptLayout(tokenizer, prompt)
+        self.architecture: Architecture = inspect_model(self.model, name)
+        self.layout = PromptLayout(tokenizer, prompt or (adapter.prompt if adapter else None))
+        if encode_behind is None:
+            encode_behind = adapter.encode_behind if adapter else DEFAULT_BEHIND
         if encode_behind not in get_args(EncodeBehind):
             raise InputError(
                 f"encode_behind must be one of {get_args(EncodeBehind)}, not {encode_behind!r}"
             )
         self.behind = tuple(self.layout.behind(encode_behind))
-        self.strategy = _check_strategy(strategy)
+        self.strategy = _check_strategy(strategy, adapter)
         self.recompute_tokens = recompute_tokens
-        self._encoder = Encoder(model, self.architecture)
+        self._encoder = Encoder(self.model, self.architecture)
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self.stop_ids = stop_ids(model, tokenizer)
         self._model_lock = threading.RLock()
@@ -95,10 +104,10 @@ class KVLinkEngine:
         *,
         store: str | Path | KVStore | None = None,
         strategy: Strategy = "reuse",
-        adapter: None = None,
+        adapter: str | Path | Adapter | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        encode_behind: EncodeBehind = DEFAULT_BEHIND,
+        encode_behind: EncodeBehind | None = None,
         recompute_tokens: int = 16,
         prompt: PromptTemplate | None = None,
     ) -> KVLinkEngine:
@@ -108,24 +117,26 @@ class KVLinkEngine:
             model: hub id, local folder, GGUF file (loaded with dense weights), or a
                 ``(model, tokenizer)`` pair already in memory.
             store: folder for chunk caches, or any store; None keeps them in memory.
-            strategy: the default for every answer: `reuse`, `recompute` or `full`.
-            adapter: trained link tokens; this version has none yet.
+            strategy: the default for every answer: `reuse`, `recompute`, `full`, or with an adapter
+                `link`.
+            adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
+                name of one that comes with the package, such as `smollm2-135m-link5`. It is active
+                in every strategy.
             device: `auto` takes an accelerator when there is one.
             dtype: `auto` keeps the checkpoint's.
             encode_behind: what chunks are encoded behind: the model's default `system` prefix, its
                 bare chat `header`, or `alone`. Part of a cache's identity. None of them changes
-                with the system prompt of a question.
+                with the system prompt of a question. None takes what the adapter was trained with,
+                else `system`.
             recompute_tokens: with `recompute`, how many first tokens of each chunk.
-            prompt: the words around chunks and question.
+            prompt: the words around chunks and question; None takes the adapter's.
 
         Raises:
-            ModelNotFoundError, UnsupportedModelError, StoreError, InputError, AdapterRequiredError
+            ModelNotFoundError, UnsupportedModelError, StoreError, InputError, AdapterError,
+            AdapterRequiredError
         """
-        if adapter is not None:
-            raise AdapterRequiredError(
-                f"adapter {adapter!r} cannot be loaded: this version has no link-token adapters yet"
-            )
-        _check_strategy(strategy)
+        trained = None if adapter is None else load_adapter(adapter)
+        _check_strategy(strategy, trained)
         loaded, tokenizer, name = load(model, device, dtype)
         return cls(
             loaded,
@@ -133,6 +144,7 @@ class KVLinkEngine:
             name=name,
             store=open_store(store),
             strategy=strategy,
+            adapter=trained,
             encode_behind=encode_behind,
             recompute_tokens=recompute_tokens,
             prompt=prompt,
@@ -149,12 +161,37 @@ class KVLinkEngine:
         twin.store = open_store(store)
         return twin
 
+    def with_adapter(self, adapter: str | Path | Adapter | None) -> KVLinkEngine:
+        """A twin with another adapter, or none, that shares the base model's weights and the store.
+
+        Raises:
+            AdapterError: as :meth:`from_pretrained`.
+        """
+        return KVLinkEngine(
+            self._base,
+            self.tokenizer,
+            name=self.name,
+            store=self.store,
+            strategy=self.strategy if self.strategy != "link" else "reuse",
+            adapter=None if adapter is None else load_adapter(adapter),
+            recompute_tokens=self.recompute_tokens,
+        )
+
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
         """The store's keys of chunks, in order."""
         return [self._key(self.layout.chunk(chunk)) for chunk in as_chunks(chunks)]
 
     def _key(self, token_ids: Sequence[int]) -> str:
         return chunk_key(self.fingerprint, self.behind, token_ids)
+
+    def cache_of(self, token_ids: Sequence[int], behind: Sequence[int]) -> ChunkKV:
+        """The cache of tokens encoded behind others, from the store or computed and stored."""
+        wanted = (tuple(token_ids), tuple(behind))
+        record = self._load([wanted])[wanted]
+        if record is None:
+            record = self._compute([wanted])[wanted]
+            self._keep([(record, [])])
+        return record
 
     # Indexing
 
@@ -261,7 +298,7 @@ class KVLinkEngine:
         if recompute < 0:
             raise InputError(f"recompute_tokens must be 0 or more, not {recompute}")
         messages = as_messages(question, system)
-        chosen = _check_strategy(strategy or self.strategy)
+        chosen = _check_strategy(strategy or self.strategy, self.adapter)
         return Request(messages, as_chunks(chunks), chosen, recompute, tools)
 
     def _prefill(
@@ -282,34 +319,46 @@ class KVLinkEngine:
             computed = self._link(request, token_ids, segments, cache, report, watch)
             if not around.lasting:  # a conversation goes on: nobody will ask for this prefix again
                 computed = [c for c in computed if c[0].token_ids != tuple(around.prefix)]
-        active = _active_positions(segments, request.strategy)
+        links = self._links(request)
+        context, rest = _active_positions(segments, request.strategy)
         with self._model_lock:
-            logits = self._forward(cache, token_ids, active)
+            logits = self._forward(cache, token_ids, context, rest, links)
         report.forward_s = watch.lap()
-        report.computed_tokens += len(active)
+        report.computed_tokens += len(context) + len(rest)
         report.ttft_s = watch.laps()
         positions = list(range(len(token_ids)))
-        prefill = Prefill(logits, token_ids, positions, segments, report, cache, self.model)
+        prefill = Prefill(logits, token_ids, positions, segments, report, cache, self.reader, links)
         return prefill, computed
 
     def _lay_out(self, request: Request, around: PromptParts) -> tuple[list[int], list[Segment]]:
         """The prompt's token ids and what they are."""
-        full = request.strategy == "full"
-        parts: list[tuple[Any, list[int]]] = [("prefix", around.prefix)]
-        parts += [("chunk", self.layout.chunk(chunk)) for chunk in request.chunks]
-        parts += [("question", around.question)]
         token_ids: list[int] = []
         segments: list[Segment] = []
-        for place, (kind, ids) in enumerate(parts):
+        for kind, slot, ids in self._parts(request, around):
             start, stop = len(token_ids), len(token_ids) + len(ids)
             token_ids += ids
-            if kind == "chunk" and not full:
+            if kind == "chunk" and request.strategy != "full":
                 view = min(request.recompute, len(ids)) if request.strategy == "recompute" else 0
-                segments.append(Segment(kind, start, stop, place - 1, self.behind, view))
+                segments.append(Segment(kind, start, stop, slot, self.behind, view))
             else:
-                slot = place - 1 if kind == "chunk" else None
                 segments.append(Segment(kind, start, stop, slot, full_view=len(ids)))
         return token_ids, segments
+
+    def _parts(
+        self, request: Request, around: PromptParts
+    ) -> Iterator[tuple[SegmentKind, int | None, list[int]]]:
+        """Kind, slot and token ids of the prompt's parts, in order."""
+        links, count = self._links(request), len(request.chunks)
+        yield "prefix", None, around.prefix
+        for slot, chunk in enumerate(request.chunks):
+            yield "chunk", slot, self.layout.chunk(chunk)
+            if links is not None and (ids := links.ids(slot, count)):
+                yield "link", slot, ids
+        yield "question", None, around.question
+
+    def _links(self, request: Request) -> LinkTokens | None:
+        """The link tokens that are part of a request's prompt."""
+        return self.adapter.links if self.adapter and request.strategy == "link" else None
 
     def _link(
         self,
@@ -338,7 +387,7 @@ class KVLinkEngine:
                 report.reused_tokens += len(text)
             if text:
                 cache.place(record or computed[text, segment.behind], segment.start, groups)
-        cache.set_length(segments[-1].start)
+        cache.set_length(segments[-1].start)  # link tokens' places are filled by the forward pass
         report.bytes_read = sum(record.nbytes for record in found.values() if record)
         report.computed_tokens = sum(len(text) for text, _ in missing)
         report.computed_tokens += sum(len(behind) for behind in {behind for _, behind in missing})
@@ -378,12 +427,39 @@ class KVLinkEngine:
         return computed
 
     def _forward(
-        self, cache: ContextCache, token_ids: list[int], active: list[int]
+        self,
+        cache: ContextCache,
+        token_ids: list[int],
+        context: list[int],
+        rest: list[int],
+        links: LinkTokens | None,
     ) -> torch.Tensor:
-        active_ids = [token_ids[place] for place in active]
-        if len(active) == len(token_ids) - cache.get_seq_length():
-            return run_behind(self.model, cache, active_ids)
-        return run_at(self.model, self.architecture, cache, active_ids, active)
+        """Logits of the prompt's last token: context tokens by the model, the rest by the reader.
+
+        Args:
+            context: positions in prefix and chunks that are to be computed.
+            rest: positions of link tokens and question, computed after all of the context.
+        """
+        if self.reader is self.model:
+            context, rest = [], [*context, *rest]
+        if context:
+            self._run(self.model, cache, token_ids, context, None)
+        return self._run(self.reader, cache, token_ids, rest, links)
+
+    def _run(
+        self,
+        model: PreTrainedModel,
+        cache: ContextCache,
+        token_ids: list[int],
+        places: list[int],
+        links: LinkTokens | None,
+    ) -> torch.Tensor:
+        """Run the tokens at ``places``, each seeing everything before it."""
+        ids = [token_ids[place] for place in places]
+        if places[-1] - places[0] + 1 == len(places):
+            cache.set_length(places[0])
+            return run_behind(model, cache, ids, links)
+        return run_at(model, self.architecture, cache, ids, places, links)
 
     def _keep(self, computed: Iterable[tuple[ChunkKV, list[str]]]) -> None:
         """Store what an answer had to compute; an answer never fails for want of disk."""
@@ -472,7 +548,7 @@ class KVLinkEngine:
             if produced == count or token in self.stop_ids:
                 return
             with self._model_lock:
-                logits = run_behind(self.model, prefill.cache, [token])
+                logits = run_behind(self.reader, prefill.cache, [token])
             token = sampler.choose(logits)
 
     # Async twins: the work runs in a thread, the event loop stays free.
@@ -500,21 +576,27 @@ class KVLinkEngine:
         return self.stream(question, chunks, **options)
 
 
-def _active_positions(segments: Sequence[Segment], strategy: Strategy) -> list[int]:
-    """Positions that run through the model: the question, and what is to see everything."""
-    return [
-        place
-        for segment in segments
-        if segment.kind != "prefix" or strategy == "full"
-        for place in range(segment.start, segment.start + segment.full_view)
-    ]
+def _active_positions(
+    segments: Sequence[Segment], strategy: Strategy
+) -> tuple[list[int], list[int]]:
+    """Positions that run through a model: context that is to see everything, and the rest."""
+    context: list[int] = []
+    rest: list[int] = []
+    for segment in segments:
+        places = range(segment.start, segment.start + segment.full_view)
+        if segment.kind in ("link", "question"):
+            rest += places
+        elif segment.kind == "chunk" or strategy == "full":
+            context += places
+    return context, rest
 
 
-def _check_strategy(strategy: str) -> Strategy:
-    if strategy == "link":
+def _check_strategy(strategy: str, adapter: Adapter | None) -> Strategy:
+    if strategy == "link" and (adapter is None or adapter.links is None):
         raise AdapterRequiredError(
             "strategy 'link' needs an adapter with trained link tokens, and the engine has none: "
-            "use 'reuse' or 'recompute'"
+            f"give adapter= one of {', '.join(shipped_adapters()) or 'your own'} or a folder made "
+            "by kvlink train, or use 'reuse' or 'recompute'"
         )
     if strategy not in get_args(Strategy):
         raise InputError(f"strategy must be one of {get_args(Strategy)}, not {strategy!r}")

@@ -21,6 +21,10 @@ class AdapterRequiredError(KVLinkError):
     """A strategy needs trained link tokens and the engine has no adapter."""
 
 
+class AdapterError(KVLinkError):
+    """An adapter is missing, damaged, or was trained for another model."""
+
+
 class StoreError(KVLinkError):
     """A store cannot be opened, read or written."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvlink_rag.adapter import LinkTokens
 from kvlink_rag.architecture import Architecture
 from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.link import ContextCache
@@ -16,12 +17,18 @@ from kvlink_rag.link import ContextCache
 
 @torch.inference_mode()
 def run_behind(
-    model: PreTrainedModel, cache: ContextCache, token_ids: Sequence[int]
+    model: PreTrainedModel,
+    cache: ContextCache,
+    token_ids: Sequence[int],
+    links: LinkTokens | None = None,
 ) -> torch.Tensor:
     """Run tokens right behind what the cache holds; they see everything before them.
 
     Needs no mask of ours: the model's own causal (and sliding-window) mask is right, since every
     cached token lies at its position.
+
+    Args:
+        links: link tokens that may be among ``token_ids``.
 
     Returns:
         logits of the last token, ``[vocab]`` float32.
@@ -30,7 +37,7 @@ def run_behind(
     ids = torch.tensor([list(token_ids)], device=cache.key_buffer.device)
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     out = model(
-        input_ids=ids,
+        **_inputs(model, ids, links),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
@@ -47,6 +54,7 @@ def run_at(
     cache: ContextCache,
     token_ids: Sequence[int],
     positions: Sequence[int],
+    links: LinkTokens | None = None,
 ) -> torch.Tensor:
     """Run tokens at given positions of the context, each seeing every position up to its own.
 
@@ -54,7 +62,8 @@ def run_at(
     the new keys of the ones before it (EPIC, arXiv 2410.15332; CacheBlend, arXiv 2405.16444).
 
     Args:
-        positions: increasing; the last one is the end of the prompt.
+        positions: increasing; the cache ends with the last one afterwards.
+        links: link tokens that may be among ``token_ids``.
 
     Returns:
         logits of the last token, ``[vocab]`` float32.
@@ -77,7 +86,7 @@ def run_at(
     try:
         with _layer_masks(model, masks):
             out = model(
-                input_ids=torch.tensor([list(token_ids)], device=device),
+                **_inputs(model, torch.tensor([list(token_ids)], device=device), links),
                 position_ids=where[None],
                 # An empty 4-D mask is passed on untouched by transformers and fits no attention:
                 # were a layer to miss its own mask, it would fail instead of seeing too much.
@@ -90,6 +99,15 @@ def run_at(
         cache.set_scatter(None)
     logits: torch.Tensor = out.logits[0, -1].float()
     return logits
+
+
+def _inputs(
+    model: PreTrainedModel, token_ids: torch.Tensor, links: LinkTokens | None
+) -> dict[str, torch.Tensor]:
+    """Ids, or embeddings where link tokens of the adapter's own may be among them."""
+    if links is None:
+        return {"input_ids": token_ids}
+    return {"inputs_embeds": links.embed(token_ids, model)}
 
 
 def _masks(architecture: Architecture, where: torch.Tensor, length: int) -> list[torch.Tensor]:

@@ -9,11 +9,14 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from kvlink_rag.adapter import LinkTokens
 from kvlink_rag.link import ContextCache
 from kvlink_rag.report import Report
 
 Strategy = Literal["full", "reuse", "link", "recompute"]
 """How chunk caches become one context."""
+
+SegmentKind = Literal["prefix", "chunk", "link", "question"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Segment:
 
     Attributes:
         kind: `prefix`, `chunk`, `link` or `question` (everything behind the last chunk).
-        slot: rank of the chunk; None for prefix and question.
+        slot: rank of the chunk, or of the chunk that a link token stands behind; None for prefix
+            and question.
         behind: tokens the chunk was encoded behind: it saw a private copy of them, at the positions
             just before its own, and itself, nothing else. Empty when encoded alone, and for `full`,
             where a chunk sees everything before it (``slot`` and ``full_view`` tell).
@@ -30,7 +34,7 @@ class Segment:
             the others of a chunk see only what the chunk's cache was encoded with.
     """
 
-    kind: Literal["prefix", "chunk", "link", "question"]
+    kind: SegmentKind
     start: int
     stop: int
     slot: int | None = None
@@ -50,6 +54,10 @@ class Prefill:
         report: what it cost; ``ttft_s`` here ends with the logits.
         cache: keys and values of the whole prompt, a transformers ``Cache``: it can be given to
             ``model.generate(past_key_values=...)``, which then owns it.
+        model: what link tokens and question ran through, and the answer runs through: the engine's
+            model, with the LoRA of a cache-preserving adapter.
+        links: the link tokens among ``token_ids``, whose ids are at or above the vocabulary's size
+            unless they are part of it.
     """
 
     logits: torch.Tensor
@@ -59,10 +67,13 @@ class Prefill:
     report: Report
     cache: ContextCache
     model: PreTrainedModel
+    links: LinkTokens | None = None
 
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings of tokens, ``[tokens, hidden]``, as the model was given them."""
         ids = torch.tensor(list(token_ids), device=self.model.device)
         with torch.inference_mode():
+            if self.links is not None:
+                return self.links.embed(ids, self.model)
             embedded: torch.Tensor = self.model.get_input_embeddings()(ids)
         return embedded

@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from kvlink_rag import (
+    AdapterError,
     AdapterRequiredError,
     Answer,
     Chunk,
@@ -221,7 +222,7 @@ class TestAnswer:
             engine.answer(QUESTION, CHUNKS, strategy="link")
         with pytest.raises(AdapterRequiredError, match="link"):
             tiny.engine(strategy="link")
-        with pytest.raises(AdapterRequiredError, match="'some-adapter'"):
+        with pytest.raises(AdapterError, match="'some-adapter'"):
             tiny.engine(adapter="some-adapter")
 
 

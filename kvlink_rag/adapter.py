@@ -1,0 +1,351 @@
+"""Adapters: trained link tokens, and a LoRA that reads what they link.
+
+Two kinds. A `whole-model` adapter (KVLink, arXiv 2502.16002) acts on every token, chunks included:
+caches belong to it. A `cache-preserving` adapter leaves the base model alone for prefix and chunks
+and acts only on link tokens, question and answer: the base model's caches stay valid, one store
+serves the base model and any number of such adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from kvlink_rag.errors import AdapterError, InputError
+from kvlink_rag.prompt import EncodeBehind, PromptTemplate
+
+AdapterKind = Literal["cache-preserving", "whole-model"]
+LinkLayout = Literal["slot", "shared", "tail"]
+"""Where link tokens stand: behind each chunk with embeddings of their own in each slot, behind each
+chunk with the same embeddings everywhere, or all behind the last chunk."""
+
+FORMAT = 1
+SETTINGS = "kvlink.json"
+LINKS = "links.safetensors"
+SHIPPED = Path(__file__).parent / "adapters"
+"""Adapters that come with the package, a folder each."""
+
+SAME_WEIGHTS = 0.3
+"""Relative difference of sampled weights up to which a model is taken for the same base model:
+quantising to 4 bits makes about 0.08, another model about 1.4."""
+_SAMPLES = 16
+_SIZES = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LinkTokens:
+    """The link tokens of a prompt.
+
+    Args:
+        layout: where they stand.
+        count: tokens for each slot (`slot`, `shared`), or in all (`tail`).
+        first_id: token id of the first one; the others follow, slot by slot.
+        slots: chunks a prompt may have; None is any number. Only `slot` has a limit.
+        embeddings: ``[tokens, hidden]``, those of ``first_id ...``; None when they are part of the
+            model's vocabulary.
+    """
+
+    layout: LinkLayout
+    count: int
+    first_id: int
+    slots: int | None = None
+    embeddings: torch.Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Distinct link tokens."""
+        return self.count * (self.slots or 1)
+
+    def ids(self, slot: int, chunks: int) -> list[int]:
+        """Ids of the link tokens right behind chunk ``slot`` of ``chunks``.
+
+        Raises:
+            InputError: more chunks than the adapter has slots for.
+        """
+        if self.layout == "tail" and slot != chunks - 1:
+            return []
+        if self.layout != "slot":
+            return list(range(self.first_id, self.first_id + self.count))
+        if self.slots is not None and slot >= self.slots:
+            raise InputError(
+                f"{chunks} chunks, and the adapter has link tokens for {self.slots}: use fewer, or "
+                "strategy 'reuse', or an adapter with the layout 'shared'"
+            )
+        first = self.first_id + slot * self.count
+        return list(range(first, first + self.count))
+
+    def embed(self, token_ids: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+        """Input embeddings ``[..., hidden]`` of ids ``[...]``, link tokens among them."""
+        table: Any = model.get_input_embeddings()
+        if self.embeddings is None:
+            return cast("torch.Tensor", table(token_ids))
+        own = token_ids >= self.first_id
+        embedded: torch.Tensor = table(token_ids.masked_fill(own, 0))
+        rows = self.embeddings.to(embedded.device)[token_ids[own] - self.first_id]
+        return embedded.index_put((own,), rows.to(embedded.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """What an adapter was trained on.
+
+    Attributes:
+        name: for messages.
+        sizes: entries of the configuration that have to be the same.
+        sample: ``[values]`` float32, weights picked at fixed places.
+    """
+
+    name: str
+    sizes: Mapping[str, Any]
+    sample: torch.Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, name: str) -> BaseModel:
+        """The description of a model."""
+        config = model.config.get_text_config(decoder=True)
+        sizes = {key: getattr(config, key, None) for key in _SIZES}
+        return cls(name, sizes, _sample(model))
+
+    def check(self, model: PreTrainedModel, adapter: str) -> None:
+        """Refuse another model; the same one in another number type or quantised passes.
+
+        Raises:
+            AdapterError: sizes or weights differ.
+        """
+        other = BaseModel.of(model, model.config._name_or_path or type(model).__name__)
+        trained = f"adapter {adapter!r} was trained for {self.name}"
+        for key, size in self.sizes.items():
+            if other.sizes.get(key) != size:
+                raise AdapterError(
+                    f"{trained} ({key} {size}), and the model has {key} {other.sizes.get(key)}: "
+                    "load that model, or train an adapter for this one (kvlink train)"
+                )
+        difference = float((other.sample - self.sample).norm() / self.sample.norm())
+        if not difference <= SAME_WEIGHTS:
+            raise AdapterError(
+                f"{trained}, and the model has other weights (relative difference "
+                f"{difference:.2f}): load that model, or train an adapter for this one"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What training makes, and `link` needs.
+
+    Args:
+        kind: whether chunk caches are the base model's or the adapter's own.
+        base: the model it was trained on; None fits any (a preset for published checkpoints).
+        links: link tokens; None for an adapter that only tunes how reused chunks are read.
+        lora_config: peft's configuration as a dictionary; None without LoRA.
+        lora_weights: peft's weights by name.
+        encode_behind: what chunks were encoded behind in training.
+        prompt: the words around chunks and question in training.
+        notes: how it was trained, for people.
+        name: where it came from.
+    """
+
+    kind: AdapterKind
+    links: LinkTokens | None
+    base: BaseModel | None = None
+    lora_config: Mapping[str, Any] | None = None
+    lora_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    encode_behind: EncodeBehind = "system"
+    prompt: PromptTemplate = field(default_factory=PromptTemplate)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "in memory"
+
+    def apply(self, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """The model that encodes chunks, and the one that reads link tokens, question and answer.
+
+        ``model`` itself is not changed; all share its weights in memory, except those that a
+        whole-model LoRA is merged into.
+
+        Raises:
+            AdapterError: it was trained for another model, or its LoRA does not fit.
+        """
+        if self.base is not None:
+            self.base.check(model, self.name)
+        if self.lora_config is None:
+            return model, model
+        reader = add_lora(model, self.lora_config)
+        self._load_lora(reader)
+        if self.kind == "cache-preserving":
+            return model, reader
+        for layer in lora_layers(reader):
+            layer.merge(safe_merge=True)  # into new weights: the shared ones stay as they are
+        return reader, reader
+
+    def _load_lora(self, reader: PreTrainedModel) -> None:
+        from peft import set_peft_model_state_dict
+
+        result: Any = set_peft_model_state_dict(reader, dict(self.lora_weights))
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        if result.unexpected_keys or missing:
+            raise AdapterError(
+                f"the LoRA of adapter {self.name!r} does not fit the model: "
+                f"{len(result.unexpected_keys)} weights too many, {len(missing)} missing"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write it: peft's own two files, and the link tokens beside them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        if self.links is not None and self.links.embeddings is not None:
+            tensors["embeddings"] = self.links.embeddings.detach().cpu().contiguous()
+        if self.base is not None:
+            tensors["base_sample"] = self.base.sample
+        save_file(tensors, folder / LINKS)
+        if self.lora_config is not None:
+            weights = {k: w.detach().cpu().contiguous() for k, w in self.lora_weights.items()}
+            save_file(weights, folder / "adapter_model.safetensors")
+            text = json.dumps(dict(self.lora_config), indent=2, sort_keys=True, default=_plain)
+            (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(self._settings(), indent=2, ensure_ascii=False, default=_plain)
+        (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+    def _settings(self) -> dict[str, Any]:
+        links = self.links and {
+            "layout": self.links.layout,
+            "count": self.links.count,
+            "slots": self.links.slots,
+            "first_id": self.links.first_id,
+        }
+        base = self.base and {"name": self.base.name, "sizes": dict(self.base.sizes)}
+        prompt = {
+            "before": self.prompt.before,
+            "question": self.prompt.question,
+            "options": dict(self.prompt.options),
+        }
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "links": links,
+            "base": base,
+            "encode_behind": self.encode_behind,
+            "prompt": prompt,
+            "notes": dict(self.notes),
+        }
+
+
+def load_adapter(source: str | Path | Adapter) -> Adapter:
+    """An adapter from its folder, or by the name of one that comes with the package.
+
+    Raises:
+        AdapterError: there is none, or its files are damaged.
+    """
+    if isinstance(source, Adapter):
+        return source
+    folder = Path(source).expanduser()
+    if not (folder / SETTINGS).is_file() and (SHIPPED / str(source) / SETTINGS).is_file():
+        folder = SHIPPED / str(source)
+    if not (folder / SETTINGS).is_file():
+        known = ", ".join(shipped_adapters()) or "none"
+        raise AdapterError(
+            f"no adapter at {str(source)!r}: give the folder that kvlink train made, or the name "
+            f"of one that comes with kvlink_rag ({known})"
+        )
+    try:
+        return _read(folder, str(source))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise AdapterError(f"the adapter in {folder} is damaged ({error}): get it anew") from error
+
+
+def shipped_adapters() -> list[str]:
+    """Names of the adapters that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SETTINGS}"))
+
+
+def _read(folder: Path, name: str) -> Adapter:
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    if settings["format"] != FORMAT:
+        raise ValueError(f"format {settings['format']}, this version reads {FORMAT}")
+    if settings["kind"] not in get_args(AdapterKind):
+        raise ValueError(f"kind {settings['kind']!r}")
+    tensors = load_file(folder / LINKS)
+    links = settings["links"] and LinkTokens(
+        **settings["links"], embeddings=tensors.get("embeddings")
+    )
+    base = settings["base"] and BaseModel(**settings["base"], sample=tensors["base_sample"])
+    lora_config, lora_weights = None, {}
+    if (folder / "adapter_config.json").is_file():
+        lora_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        lora_weights = load_file(folder / "adapter_model.safetensors")
+    return Adapter(
+        kind=settings["kind"],
+        links=links,
+        base=base,
+        lora_config=lora_config,
+        lora_weights=lora_weights,
+        encode_behind=settings["encode_behind"],
+        prompt=PromptTemplate(**settings["prompt"]),
+        notes=settings["notes"],
+        name=name,
+    )
+
+
+def add_lora(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedModel:
+    """A twin of a model that shares its weights and has a new LoRA, made by peft."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    known = {k: v for k, v in config.items() if k in LoraConfig.__dataclass_fields__}
+    twin = share_weights(model)
+    return cast("PreTrainedModel", inject_adapter_in_model(LoraConfig(**known), twin)).eval()
+
+
+def lora_layers(model: torch.nn.Module) -> Iterator[Any]:
+    """peft's layers in a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model whose weights are the same memory; the copies are frozen."""
+    memo: dict[int, Any] = {id(p): _frozen(p) for p in model.parameters()}
+    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    twin: PreTrainedModel = copy.deepcopy(model, memo)
+    return twin
+
+
+def _frozen(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(weight.detach(), requires_grad=False)
+
+
+def _sample(model: PreTrainedModel) -> torch.Tensor:
+    """A few values of every weight matrix of the base model, LoRA left out."""
+    weights = {
+        name.replace(".base_layer", ""): weight
+        for name, weight in model.named_parameters()
+        if weight.dim() >= 2 and "lora_" not in name
+    }
+    picked = []
+    for name in sorted(weights):
+        flat = weights[name].detach().reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
+        picked.append(flat[places.to(flat.device)].float().cpu())
+    return torch.cat(picked)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON lacks: sets as sorted lists, enumerations by their value."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    return getattr(value, "value", None) or str(value)

@@ -1,0 +1,1 @@
+"""Training of adapters: link tokens and LoRA."""

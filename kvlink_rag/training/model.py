@@ -1,0 +1,83 @@
+"""What is trained: LoRA and link tokens, on a frozen base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kvlink_rag.adapter import LinkTokens, add_lora, lora_layers
+from kvlink_rag.architecture import Architecture
+from kvlink_rag.training import attention
+from kvlink_rag.training.pack import IGNORED, Pack
+
+
+class LinkModel(torch.nn.Module):
+    """A reader with trainable LoRA and link tokens; its loss is that of the packs it is given.
+
+    Args:
+        model: the base model; stays as it is and shares its weights.
+        architecture: its description.
+        lora_config: peft's settings, as a dictionary; None trains link tokens alone.
+        links: link tokens, whose embeddings are the starting values; None without.
+
+    Attributes:
+        reader: the model with LoRA; weights of the LoRA are float32.
+        link_embeddings: ``[tokens, hidden]`` float32, or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        architecture: Architecture,
+        lora_config: Mapping[str, Any] | None,
+        links: LinkTokens | None,
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.reader = add_lora(model, lora_config or {"r": 1, "target_modules": []})
+        self.reader.set_attn_implementation(attention.NAME)
+        for layer in lora_layers(self.reader):
+            layer.cast_input_dtype_enabled = False  # autocast does it
+        for parameter in self.reader.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.links = links
+        self.link_embeddings: torch.nn.Parameter | None = None
+        if links is not None and links.embeddings is not None:
+            self.link_embeddings = torch.nn.Parameter(links.embeddings.float().clone())
+
+    def forward(self, packs: Sequence[Pack]) -> dict[str, torch.Tensor]:
+        """Mean cross-entropy over all labels of the packs.
+
+        Returns:
+            ``loss``, and ``logits`` ``[labels, vocab]``.
+        """
+        device = self.architecture.device
+        token_ids = torch.tensor([[t for pack in packs for t in pack.token_ids]], device=device)
+        positions = torch.tensor([[p for pack in packs for p in pack.positions]], device=device)
+        labels = torch.tensor([label for pack in packs for label in pack.labels], device=device)
+        places = (labels != IGNORED).nonzero()[:, 0]
+        number_type = self.architecture.dtype
+        contexts = [pack.for_attention(self.architecture, number_type) for pack in packs]
+        with attention.packed(contexts):
+            logits = self.reader(
+                inputs_embeds=self._embed(token_ids),
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=places,
+            ).logits[0]
+        loss = F.cross_entropy(logits.float(), labels[places])
+        return {"loss": loss, "logits": logits}
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        table: Any = self.reader.get_input_embeddings()
+        if self.links is None or self.link_embeddings is None:
+            embedded: torch.Tensor = table(token_ids)
+            return embedded
+        own = token_ids >= self.links.first_id
+        embedded = table(token_ids.masked_fill(own, 0))
+        rows = self.link_embeddings[token_ids[own] - self.links.first_id]
+        return embedded.index_put((own,), rows.to(embedded.dtype))

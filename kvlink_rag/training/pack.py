@@ -1,0 +1,181 @@
+"""Lessons as tokens: a linked context with one or more questions behind it.
+
+Several questions of one context share its link tokens: each question is a branch that sees the
+context, the link tokens and itself, as if it were the only one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvlink_rag.adapter import AdapterKind, LinkTokens
+from kvlink_rag.architecture import Architecture
+from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.rope import shift_groups
+from kvlink_rag.training.attention import PackContext
+from kvlink_rag.training.lesson import Lesson
+
+IGNORED = -100
+COMMON = -1
+"""Group of what is part of the prompt proper."""
+
+
+@dataclass(eq=False)
+class Pack:
+    """New tokens over a frozen context.
+
+    A token sees those before it that are of its group, and if it is `open` also the `shared` ones.
+
+    Attributes:
+        keys, values: ``[layers, kv_heads, context, dim]``, the frozen context; all of it is shared.
+        context: positions of the frozen tokens.
+        token_ids, positions, groups, shared, open: of the new tokens.
+        labels: the token to be predicted at each new token's place, or :data:`IGNORED`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    context: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    shared: list[bool] = field(default_factory=list)
+    open: list[bool] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def add(
+        self,
+        token_ids: Sequence[int],
+        start: int,
+        group: int = COMMON,
+        *,
+        shared: bool = True,
+        open: bool = True,
+    ) -> None:
+        """Tokens at positions ``start ...`` at which nothing is to be predicted."""
+        count = len(token_ids)
+        self.token_ids += token_ids
+        self.positions += range(start, start + count)
+        self.groups += [group] * count
+        self.shared += [shared] * count
+        self.open += [open] * count
+        self.labels += [IGNORED] * count
+
+    def add_turn(
+        self, question: Sequence[int], answer: Sequence[int], start: int, group: int
+    ) -> None:
+        """A question and the answer that is to be predicted; ``answer`` ends with an end token."""
+        first = len(self.token_ids) + len(question) - 1
+        self.add([*question, *answer[:-1]], start, group, shared=False)
+        self.labels[first:] = answer
+
+    def for_attention(self, architecture: Architecture, dtype: torch.dtype) -> PackContext:
+        """Keys, values, and who sees whom, layer by layer."""
+        frozen = len(self.context)
+        own = torch.tensor(self.positions)
+        positions = torch.cat([torch.tensor(self.context, dtype=torch.long), own])
+        groups = torch.tensor([COMMON] * frozen + self.groups)
+        shared = torch.tensor([True] * frozen + self.shared)
+        seen = groups[None] == groups[frozen:, None]
+        seen |= shared[None] & torch.tensor(self.open)[:, None]
+        seen &= positions[None] <= own[:, None]
+        made: dict[int | None, torch.Tensor] = {}
+        for window in set(architecture.windows):
+            near = seen if window is None else seen & (positions[None] > own[:, None] - window)
+            bias = torch.zeros(near.shape, dtype=dtype)
+            made[window] = bias.masked_fill_(~near, float("-inf")).to(self.keys.device)
+        return PackContext(self.keys, self.values, [made[w] for w in architecture.windows])
+
+
+class Packer:
+    """Makes packs from lessons.
+
+    Args:
+        engine: of the base model; frozen chunk caches come from its store and are kept in it.
+        kind: `cache-preserving` freezes prefix and chunks, `whole-model` trains on them.
+        links: the link tokens; None trains without.
+        max_tokens: longest lesson; chunks beyond are left out, answers are cut.
+    """
+
+    def __init__(
+        self, engine: KVLinkEngine, kind: AdapterKind, links: LinkTokens | None, max_tokens: int
+    ) -> None:
+        self.engine = engine
+        self.kind = kind
+        self.links = links
+        self.max_tokens = max_tokens
+        self.end = min(engine.stop_ids)
+
+    def pack(self, lesson: Lesson) -> Pack:
+        """The tokens of a lesson."""
+        layout = self.engine.layout
+        turns = [layout.lay_out(t.question, with_chunks=bool(lesson.chunks)) for t in lesson.turns]
+        chunks = [layout.chunk(chunk) for chunk in lesson.chunks]
+        pack, start = self._context(turns[0].prefix, chunks, lesson.view)
+        for group, (parts, turn) in enumerate(zip(turns, lesson.turns, strict=True)):
+            room = self.max_tokens - start - len(parts.question)
+            answer = [*layout.encode_text(turn.answer), self.end][: max(room, 1)]
+            pack.add_turn(parts.question, answer, start, group)
+        return pack
+
+    def _context(self, prefix: list[int], chunks: list[list[int]], view: str) -> tuple[Pack, int]:
+        """Prefix, chunks and link tokens, and the position behind them."""
+        engine = self.engine
+        links = self.links if view == "link" else None
+        if view == "full" and chunks and self.kind == "cache-preserving":
+            chunks = [[token for chunk in chunks for token in chunk]]  # one chunk sees itself whole
+        parts: list[tuple[list[int], int]] = []  # frozen or trained tokens, and where they start
+        link_parts: list[tuple[list[int], int]] = []
+        start = 0
+        for slot, ids in enumerate([prefix, *chunks], -1):
+            parts.append((ids, start))
+            start += len(ids)
+            if links is not None and slot >= 0 and (more := links.ids(slot, len(chunks))):
+                link_parts.append((more, start))
+                start += len(more)
+        if self.kind == "cache-preserving":
+            pack = self._frozen(parts)
+        else:
+            pack = self._trained(parts, view)
+        for ids, place in link_parts:
+            pack.add(ids, place)
+        return pack, start
+
+    def _frozen(self, parts: list[tuple[list[int], int]]) -> Pack:
+        """Chunk caches from the store at their positions."""
+        engine, a = self.engine, self.engine.architecture
+        count = sum(len(ids) for ids, _ in parts)
+        shape = (a.layers, a.kv_heads, count)
+        keys = torch.empty((*shape, a.head_dim), dtype=a.dtype, device=a.device)
+        values = torch.empty((*shape, a.value_dim), dtype=a.dtype, device=a.device)
+        pack = Pack(keys, values)
+        for place, (ids, start) in enumerate(parts):
+            if not ids:
+                continue
+            record = engine.cache_of(ids, engine.behind if place else ())
+            stop = len(pack.context) + len(ids)
+            where = slice(len(pack.context), stop)
+            positions = torch.arange(start, start + len(ids), device=a.device)
+            shift_groups(record.keys.to(a.device), positions, a.groups, out=keys[:, :, where])
+            values[:, :, where] = record.values.to(a.device)
+            pack.context += range(start, start + len(ids))
+        return pack
+
+    def _trained(self, parts: list[tuple[list[int], int]], view: str) -> Pack:
+        """Prefix and chunks as tokens, each chunk behind a private copy of what is before it."""
+        a, behind = self.engine.architecture, self.engine.behind
+        pack = Pack(
+            torch.empty((a.layers, a.kv_heads, 0, a.head_dim), dtype=a.dtype, device=a.device),
+            torch.empty((a.layers, a.kv_heads, 0, a.value_dim), dtype=a.dtype, device=a.device),
+        )
+        for place, (ids, start) in enumerate(parts):
+            if place == 0 or view == "full":
+                pack.add(ids, start)
+                continue
+            group = -1 - place  # no turn's
+            pack.add(behind, start - len(behind), group, shared=False, open=False)
+            pack.add(ids, start, group, open=False)
+        return pack
