@@ -88,8 +88,9 @@ class LinkModel(torch.nn.Module):
                     logits[mine], labels[mine], reduction="none"
                 )
             if pack.teacher is not None:
-                teacher, own = pack.teacher.float(), logits[mine].log_softmax(-1)
-                loss = loss + pack.distill * (teacher.exp() * (teacher - own)).sum(-1)
+                own = logits[mine].log_softmax(-1)
+                divergence = F.kl_div(own, pack.teacher.float(), reduction="none", log_target=True)
+                loss = loss + pack.distill * divergence.sum(-1)
             losses.append(loss)
             start = mine.stop
         return torch.cat(losses)

@@ -33,6 +33,7 @@ class TrainSettings:
         min_chunks, max_chunks: chunks in a lesson.
         turns: most questions behind one context.
         max_tokens: longest lesson.
+        max_answer: most tokens of an answer that are learnt.
         steps: optimiser steps.
         batch: lessons in a forward pass.
         accumulate: forward passes in a step.
@@ -61,6 +62,7 @@ class TrainSettings:
     max_chunks: int = 10
     turns: int = 6
     max_tokens: int = 2048
+    max_answer: int = 64
     steps: int = 1000
     batch: int = 4
     accumulate: int = 1
@@ -79,7 +81,16 @@ class TrainSettings:
         ):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
-        for name in ("slots", "min_chunks", "turns", "steps", "batch", "accumulate", "save_steps"):
+        for name in (
+            "slots",
+            "min_chunks",
+            "turns",
+            "max_answer",
+            "steps",
+            "batch",
+            "accumulate",
+            "save_steps",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.links < 0 or self.rank < 0 or self.links + self.rank == 0:

@@ -50,7 +50,14 @@ def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adap
     )
     links = first_links(settings, engine)
     model = LinkModel(engine.model, engine.architecture, lora_config(settings), links)
-    packer = Packer(engine, settings.kind, links, settings.max_tokens, settings.distill)
+    packer = Packer(
+        engine,
+        settings.kind,
+        links,
+        max_tokens=settings.max_tokens,
+        max_answer=settings.max_answer,
+        distill=settings.distill,
+    )
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, out, engine),
