@@ -305,7 +305,8 @@ def add_lora(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedMod
 
     known = {k: v for k, v in config.items() if k in LoraConfig.__dataclass_fields__}
     twin = share_weights(model)
-    return cast("PreTrainedModel", inject_adapter_in_model(LoraConfig(**known), twin)).eval()
+    inject_adapter_in_model(LoraConfig(**known), twin)  # in place
+    return twin.eval()
 
 
 def lora_layers(model: torch.nn.Module) -> Iterator[Any]:

@@ -157,7 +157,8 @@ class Packer:
 
     def _cut(self, chunks: list[list[int]]) -> list[list[int]]:
         """Chunks that leave a quarter of the room for the rest."""
-        kept, tokens = [], 0
+        kept: list[list[int]] = []
+        tokens = 0
         for ids in chunks:
             tokens += len(ids)
             if kept and tokens > self.max_tokens * 3 // 4:
@@ -174,7 +175,8 @@ class Packer:
             use_cache=False,
             logits_to_keep=len(said),
         )
-        return out.logits[0].float().log_softmax(-1).to(out.logits.dtype)
+        teacher: torch.Tensor = out.logits[0].float().log_softmax(-1).to(out.logits.dtype)
+        return teacher
 
     def _context(self, prefix: list[int], chunks: list[list[int]], view: str) -> tuple[Pack, int]:
         """Prefix, chunks and link tokens, and the position behind them."""
