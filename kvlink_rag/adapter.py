@@ -306,7 +306,8 @@ def add_lora(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedMod
     known = {k: v for k, v in config.items() if k in LoraConfig.__dataclass_fields__}
     twin = share_weights(model)
     inject_adapter_in_model(LoraConfig(**known), twin)  # in place
-    return twin.eval()
+    twin.eval()
+    return twin
 
 
 def lora_layers(model: torch.nn.Module) -> Iterator[Any]:

@@ -76,6 +76,11 @@ class LinkModel(torch.nn.Module):
         loss = (losses * torch.tensor(weights, device=device)).sum() / turns
         return {"loss": loss, "logits": logits}
 
+    def autocast(self) -> torch.autocast:
+        """Half precision as in training: off where the base model has full precision."""
+        half = self.architecture.dtype != torch.float32
+        return torch.autocast(self.architecture.device.type, self.architecture.dtype, enabled=half)
+
     @staticmethod
     def _losses(packs: Sequence[Pack], logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Each label's loss, ``[labels]``."""
