@@ -292,7 +292,7 @@ def train(
     from kvlink_rag.training.train import train as run
 
     quiet_libraries()
-    given = {
+    given: dict[str, Any] = {
         "model": model, "links": links, "layout": layout, "kind": kind, "rank": rank,
         "steps": steps, "batch": batch, "learning_rate": learning_rate, "max_chunks": max_chunks,
         "save_steps": save_steps, "seed": seed, "data": parse_shares(data) if data else None,
