@@ -307,6 +307,7 @@ def _read(folder: Path, name: str) -> Adapter:
     links = settings["links"] and LinkTokens(
         **settings["links"], embeddings=tensors.get("embeddings")
     )
+    before, behind = settings.get("around", ((), ()))  # adapters without marks may leave it out
     base = settings["base"] and BaseModel(**settings["base"], sample=tensors["base_sample"])
     lora_config, lora_weights = None, {}
     if (folder / "adapter_config.json").is_file():
@@ -320,7 +321,7 @@ def _read(folder: Path, name: str) -> Adapter:
         lora_weights=lora_weights,
         encode_behind=settings["encode_behind"],
         prompt=PromptTemplate(**settings["prompt"]),
-        around=(tuple(settings["around"][0]), tuple(settings["around"][1])),
+        around=(tuple(before), tuple(behind)),
         notes=settings["notes"],
         name=name,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from functools import cache
@@ -13,7 +14,7 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kvlink_rag import CHUNKS, AdapterError, Chunk, InputError, KVLinkEngine, PromptTemplate, ingest
-from kvlink_rag.adapter import Adapter, LinkTokens, load_adapter
+from kvlink_rag.adapter import SETTINGS, Adapter, LinkTokens, load_adapter
 from kvlink_rag.presets import PRESETS
 from kvlink_rag.prompt import PromptLayout, render_chunk
 
@@ -348,6 +349,16 @@ def test_it_is_the_same_when_saved_and_loaded(engine, tmp_path):
     chunks = CHUNKS_BY_NAME["three"]
     again = make_engine(loaded).prefill(QUESTION, chunks)
     assert again.token_ids == engine.prefill(QUESTION, chunks).token_ids
+
+
+def test_an_adapter_saved_before_there_were_marks_and_chunk_templates_loads(tmp_path):
+    Adapter("cache-preserving", None).save(tmp_path)
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    del settings["around"]
+    settings["prompt"] = {k: settings["prompt"][k] for k in ("before", "question", "options")}
+    (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    loaded = load_adapter(tmp_path)
+    assert (loaded.around, loaded.prompt) == (((), ()), PromptTemplate())
 
 
 def test_the_marks_stay_when_the_words_are_changed():
