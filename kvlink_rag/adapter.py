@@ -9,9 +9,11 @@ serves the base model and any number of such adapters.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -214,6 +216,23 @@ class Adapter:
                 f"the model it was made for; this one has a vocabulary of {rows}, and token "
                 f"{wrong[0]} is none of its special tokens: load the model that the adapter is for"
             )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that changes answers: weights, link tokens and settings."""
+        settings = self._settings()
+        del settings["notes"]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=_plain).encode())
+        config = None if self.lora_config is None else dict(self.lora_config)
+        digest.update(json.dumps(config, sort_keys=True, default=_plain).encode())
+        tensors = dict(self.lora_weights)
+        if self.links is not None and self.links.embeddings is not None:
+            tensors["links"] = self.links.embeddings
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def _load_lora(self, reader: PreTrainedModel) -> None:
         from peft import set_peft_model_state_dict
