@@ -289,7 +289,7 @@ def train(
     _prepare()
     from kvlink_rag.progress import quiet_libraries
     from kvlink_rag.training.settings import TrainSettings, parse_shares, read_settings
-    from kvlink_rag.training.train import train as run
+    from kvlink_rag.training.run import train as run
 
     quiet_libraries()
     given: dict[str, Any] = {
