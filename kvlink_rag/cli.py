@@ -288,8 +288,8 @@ def train(
     """Train link tokens and a LoRA; run the same command again to go on after an interruption."""
     _prepare()
     from kvlink_rag.progress import quiet_libraries
-    from kvlink_rag.training.settings import TrainSettings, parse_shares, read_settings
     from kvlink_rag.training.run import train as run
+    from kvlink_rag.training.settings import TrainSettings, parse_shares, read_settings
 
     quiet_libraries()
     given: dict[str, Any] = {
