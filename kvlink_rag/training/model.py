@@ -61,9 +61,8 @@ class LinkModel(torch.nn.Module):
         positions = torch.tensor([[p for pack in packs for p in pack.positions]], device=device)
         labels = torch.tensor([label for pack in packs for label in pack.labels], device=device)
         places = (labels != IGNORED).nonzero()[:, 0]
-        number_type = self.architecture.dtype
-        contexts = [pack.for_attention(self.architecture, number_type) for pack in packs]
-        with attention.packed(contexts):
+        contexts = [pack.for_attention() for pack in packs]
+        with attention.packed(attention.Batch(contexts, self.architecture.windows)):
             logits = self.reader(
                 inputs_embeds=self._embed(token_ids),
                 position_ids=positions,

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 
 from kvlink_rag.adapter import AdapterKind, LinkTokens
-from kvlink_rag.architecture import Architecture
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.rope import shift_groups
 from kvlink_rag.training.attention import PackContext
@@ -79,22 +78,17 @@ class Pack:
         self.labels[first:] = answer
         self.answers.append(len(answer))
 
-    def for_attention(self, architecture: Architecture, dtype: torch.dtype) -> PackContext:
-        """Keys, values, and who sees whom, layer by layer."""
-        frozen = len(self.context)
-        own = torch.tensor(self.positions)
-        positions = torch.cat([torch.tensor(self.context, dtype=torch.long), own])
-        groups = torch.tensor([COMMON] * frozen + self.groups)
-        shared = torch.tensor([True] * frozen + self.shared)
-        seen = groups[None] == groups[frozen:, None]
-        seen |= shared[None] & torch.tensor(self.open)[:, None]
-        seen &= positions[None] <= own[:, None]
-        made: dict[int | None, torch.Tensor] = {}
-        for window in set(architecture.windows):
-            near = seen if window is None else seen & (positions[None] > own[:, None] - window)
-            bias = torch.zeros(near.shape, dtype=dtype)
-            made[window] = bias.masked_fill_(~near, float("-inf")).to(self.keys.device)
-        return PackContext(self.keys, self.values, [made[w] for w in architecture.windows])
+    def for_attention(self) -> PackContext:
+        """Keys, values, and what says who sees whom."""
+        frozen, device = len(self.context), self.keys.device
+        return PackContext(
+            self.keys,
+            self.values,
+            torch.tensor([*self.context, *self.positions], device=device),
+            torch.tensor([COMMON] * frozen + self.groups, device=device),
+            torch.tensor([True] * frozen + self.shared, device=device),
+            torch.tensor(self.open, dtype=torch.bool, device=device),
+        )
 
 
 class Packer:
