@@ -176,6 +176,9 @@ class Reference:
         mask = torch.full((size, size), torch.finfo(self.model.dtype).min, dtype=self.model.dtype)
         return mask.masked_fill_(seen, 0.0)[None, None]
 
+    def _inputs(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[node.token for node in self.nodes]])}
+
     @torch.inference_mode()
     def logits(self) -> torch.Tensor:
         """Of the last token, ``[vocab]``."""
@@ -184,7 +187,7 @@ class Reference:
         if config.model_type in TAKES_MASK_BY_LAYER_TYPE:
             mask = {"full_attention": self.mask(None), "sliding_attention": mask}
         return self.model(
-            input_ids=torch.tensor([[node.token for node in self.nodes]]),
+            **self._inputs(),
             position_ids=torch.tensor([[node.position for node in self.nodes]]),
             attention_mask=mask,
             use_cache=False,
