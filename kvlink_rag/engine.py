@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -21,6 +22,7 @@ from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
 from kvlink_rag.conversation import Message, as_messages
 from kvlink_rag.encode import Encoder
 from kvlink_rag.errors import AdapterRequiredError, InputError, KVLinkWarning, StoreError
+from kvlink_rag.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
 from kvlink_rag.forward import run_at, run_behind
 from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
 from kvlink_rag.link import ContextCache
@@ -74,7 +76,10 @@ class KVLinkEngine:
         encode_behind: EncodeBehind | None = None,
         recompute_tokens: int = 16,
         prompt: PromptTemplate | None = None,
+        fidelity_rate: float = 0.0,
+        fidelity_limit: float | None = None,
     ) -> None:
+        self._monitor = FidelityMonitor(fidelity_rate, fidelity_limit)
         self.adapter = adapter
         self._base = model
         self.model, self.reader = adapter.apply(model) if adapter else (model, model)
@@ -110,6 +115,8 @@ class KVLinkEngine:
         encode_behind: EncodeBehind | None = None,
         recompute_tokens: int = 16,
         prompt: PromptTemplate | None = None,
+        fidelity_rate: float = 0.0,
+        fidelity_limit: float | None = None,
     ) -> KVLinkEngine:
         """Load a model and check that chunk caches are exact for it.
 
@@ -130,6 +137,12 @@ class KVLinkEngine:
                 else `system`.
             recompute_tokens: with `recompute`, how many first tokens of each chunk.
             prompt: the words around chunks and question; None takes the adapter's.
+            fidelity_rate: share of the answers, 0 ... 1, chosen at random, that are compared with
+                full prefill (:class:`kvlink_rag.fidelity.Fidelity`): in ``report.fidelity`` and
+                :attr:`fidelity_stats`. After the answer, unless there is a limit. Answers with
+                strategy `full` or without chunks are never checked.
+            fidelity_limit: divergence from full prefill (KL, nats) above which a checked answer is
+                that of full prefill instead. The check then comes before the first token.
 
         Raises:
             ModelNotFoundError, UnsupportedModelError, StoreError, InputError, AdapterError,
@@ -148,6 +161,8 @@ class KVLinkEngine:
             encode_behind=encode_behind,
             recompute_tokens=recompute_tokens,
             prompt=prompt,
+            fidelity_rate=fidelity_rate,
+            fidelity_limit=fidelity_limit,
         )
 
     @property
@@ -156,7 +171,10 @@ class KVLinkEngine:
         return self.architecture.fingerprint
 
     def with_store(self, store: str | Path | KVStore | None) -> KVLinkEngine:
-        """A twin that shares the model and keeps its caches in another store."""
+        """A twin that shares the model and keeps its caches in another store.
+
+        Answers of both count in the same :attr:`fidelity_stats`.
+        """
         twin = copy.copy(self)
         twin.store = open_store(store)
         return twin
@@ -175,6 +193,8 @@ class KVLinkEngine:
             strategy=self.strategy if self.strategy != "link" else "reuse",
             adapter=None if adapter is None else load_adapter(adapter),
             recompute_tokens=self.recompute_tokens,
+            fidelity_rate=self._monitor.rate,
+            fidelity_limit=self._monitor.limit,
         )
 
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
@@ -540,6 +560,44 @@ class KVLinkEngine:
             pass
         return stream.answer
 
+    # Fidelity
+
+    @property
+    def fidelity_stats(self) -> FidelityStats:
+        """What the checks of answers (``fidelity_rate``) have found so far."""
+        return self._monitor.stats
+
+    def fidelity(
+        self,
+        question: str | Sequence[Message],
+        chunks: Iterable[str | Chunk],
+        *,
+        strategy: Strategy | None = None,
+        system: str | None = None,
+        recompute_tokens: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Fidelity:
+        """How far a strategy's first-token distribution is from that of full prefill.
+
+        Both with the same adapter; the full prompt has no link tokens. Not part of
+        :attr:`fidelity_stats`. Arguments and errors as :meth:`prefill`.
+        """
+        request = self._request(question, chunks, strategy, system, recompute_tokens, tools)
+        prefill, computed = self._prefill(request, 0, Stopwatch())
+        self._keep(computed)
+        return self._compare(request, prefill, 0)[0]
+
+    def _to_check(self, request: Request) -> bool:
+        """Whether this answer is one of those that are compared with full prefill."""
+        return request.strategy != "full" and bool(request.chunks) and self._monitor.choose()
+
+    def _compare(
+        self, request: Request, prefill: Prefill, new_tokens: int
+    ) -> tuple[Fidelity, Prefill]:
+        """A prefill's fidelity, and the full prefill of the same request."""
+        full, _ = self._prefill(replace(request, strategy="full"), new_tokens, Stopwatch())
+        return compare(full.logits, prefill.logits), full
+
     def _tokens(self, prefill: Prefill, sampler: Sampler, first: int, count: int) -> Iterator[int]:
         """The first token, then up to ``count - 1`` more, ending with an end token."""
         token = first
@@ -562,6 +620,12 @@ class KVLinkEngine:
     ) -> Prefill:
         """:meth:`prefill` in a thread."""
         return await asyncio.to_thread(self.prefill, question, chunks, **options)
+
+    async def afidelity(
+        self, question: str | Sequence[Message], chunks: Iterable[str | Chunk], **options: Any
+    ) -> Fidelity:
+        """:meth:`fidelity` in a thread."""
+        return await asyncio.to_thread(self.fidelity, question, chunks, **options)
 
     async def aanswer(
         self, question: str | Sequence[Message], chunks: Iterable[str | Chunk], **options: Any

@@ -13,7 +13,7 @@ ROOT = Path(kvlink_rag.__file__).parent
 
 # From the ground up: a module imports only from its own floor and those below.
 FLOORS = [
-    {"errors", "chunk", "rope", "report", "progress"},
+    {"errors", "chunk", "rope", "fidelity", "report", "progress"},
     {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
     {"adapter"},
     {"encode", "forward", "prefill", "load", "embeddings"},
