@@ -204,13 +204,16 @@ class KVLinkEngine:
     def _key(self, token_ids: Sequence[int]) -> str:
         return chunk_key(self.fingerprint, self.behind, token_ids)
 
-    def cache_of(self, token_ids: Sequence[int], behind: Sequence[int]) -> ChunkKV:
-        """The cache of tokens encoded behind others, from the store or computed and stored."""
+    def cache_of(
+        self, token_ids: Sequence[int], behind: Sequence[int], *, keep: bool = True
+    ) -> ChunkKV:
+        """The cache of tokens encoded behind others, from the store or computed (and stored)."""
         wanted = (tuple(token_ids), tuple(behind))
         record = self._load([wanted])[wanted]
         if record is None:
             record = self._compute([wanted])[wanted]
-            self._keep([(record, [])])
+            if keep:
+                self._keep([(record, [])])
         return record
 
     # Indexing

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kvlink_rag.adapter import LinkTokens, add_lora, lora_layers
+from kvlink_rag.adapter import LinkTokens, add_lora, lora_layers, share_weights
 from kvlink_rag.architecture import Architecture
 from kvlink_rag.training import attention
 from kvlink_rag.training.pack import IGNORED, Pack
@@ -20,7 +20,7 @@ class LinkModel(torch.nn.Module):
     Args:
         model: the base model; stays as it is and shares its weights.
         architecture: its description.
-        lora_config: peft's settings, as a dictionary; None trains link tokens alone.
+        lora_config: peft's settings as a dictionary; None trains link tokens alone.
         links: link tokens, whose embeddings are the starting values; None without.
 
     Attributes:
@@ -37,7 +37,7 @@ class LinkModel(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.architecture = architecture
-        self.reader = add_lora(model, lora_config or {"r": 1, "target_modules": []})
+        self.reader = add_lora(model, lora_config) if lora_config else share_weights(model)
         self.reader.set_attn_implementation(attention.NAME)
         for layer in lora_layers(self.reader):
             layer.cast_input_dtype_enabled = False  # autocast does it
@@ -50,7 +50,8 @@ class LinkModel(torch.nn.Module):
             self.link_embeddings = torch.nn.Parameter(links.embeddings.float().clone())
 
     def forward(self, packs: Sequence[Pack]) -> dict[str, torch.Tensor]:
-        """Mean cross-entropy over all labels of the packs.
+        """The loss: cross-entropy, or divergence from a teacher, a mean over turns of means over
+        their labels (long answers weigh no more than short ones).
 
         Returns:
             ``loss``, and ``logits`` ``[labels, vocab]``.
@@ -69,8 +70,33 @@ class LinkModel(torch.nn.Module):
                 use_cache=False,
                 logits_to_keep=places,
             ).logits[0]
-        loss = F.cross_entropy(logits.float(), labels[places])
+        losses = self._losses(packs, logits.float(), labels[places])
+        weights = [1 / count for pack in packs for count in pack.answers for _ in range(count)]
+        turns = sum(len(pack.answers) for pack in packs)
+        loss = (losses * torch.tensor(weights, device=device)).sum() / turns
         return {"loss": loss, "logits": logits}
+
+    @staticmethod
+    def _losses(packs: Sequence[Pack], logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Each label's loss, ``[labels]``."""
+        losses, start = [], 0
+        for pack in packs:
+            mine = slice(start, start + sum(pack.answers))
+            loss = torch.zeros(sum(pack.answers), device=logits.device)
+            if pack.distill < 1:
+                loss = (1 - pack.distill) * F.cross_entropy(
+                    logits[mine], labels[mine], reduction="none"
+                )
+            if pack.teacher is not None:
+                teacher, own = pack.teacher.float(), logits[mine].log_softmax(-1)
+                loss = loss + pack.distill * (teacher.exp() * (teacher - own)).sum(-1)
+            losses.append(loss)
+            start = mine.stop
+        return torch.cat(losses)
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The weights that training changes, by name."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         table: Any = self.reader.get_input_embeddings()
