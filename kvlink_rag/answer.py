@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvlink_rag.chunk import Chunk
 from kvlink_rag.conversation import Message
 from kvlink_rag.generate import GenerateSettings, Sampler, TextStream
-from kvlink_rag.prefill import Prefill, Strategy
+from kvlink_rag.prefill import Prefill, RecomputeBy, Strategy
 from kvlink_rag.report import Report, Stopwatch
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Request:
     chunks: list[Chunk]
     strategy: Strategy
     recompute: int
+    recompute_by: RecomputeBy = "first"
     tools: Sequence[Mapping[str, Any]] = ()
 
 

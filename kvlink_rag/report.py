@@ -20,7 +20,8 @@ class Report:
         load_s: reading chunk caches from the store and verifying their checksums.
         encode_s: computing the caches that were missing.
         link_s: re-positioning the caches and copying them into one context.
-        forward_s: the forward pass over question (and recomputed) tokens; all tokens with `full`.
+        forward_s: the forward pass over question (and recomputed) tokens, and the one that finds
+            out which to recompute; all tokens with `full`.
         fidelity_s: with a fidelity limit, the full prefill that a checked answer is compared with.
         sample_s: choosing the first token.
         hits: chunks whose cache was in the store.

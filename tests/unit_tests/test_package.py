@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "chunk", "rope", "fidelity", "report", "progress"},
     {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
     {"adapter"},
-    {"encode", "forward", "prefill", "load", "embeddings"},
+    {"encode", "forward", "relevance", "prefill", "load", "embeddings"},
     {"answer"},
     {"engine"},
     {"index_catalog", "index_vectors", "index_check", "index"},
