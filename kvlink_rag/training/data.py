@@ -4,6 +4,7 @@ Gzipped or plain JSON lines, told apart by their fields:
 
 - ``question``, ``answers``, ``docs`` (``title``, ``text``, ``gold``): a question over documents;
 - ``paragraphs`` (``text``, ``qas``), ``article``: an article with questions to its paragraphs;
+  with ``distill`` their answers are the base model's own;
 - ``docs``, ``summary``: documents and their summary;
 - ``messages``: an instruction and its response, without documents;
 - ``text``, ``title``: plain text.
@@ -130,9 +131,14 @@ def _article(
     asked = rng.sample(asked, min(settings.turns, len(asked)))
     rng.shuffle(chunks)
     turns = tuple(Turn(qa["question"], _answer(qa, rng)) for qa in asked)
-    if not turns:  # paragraphs without questions
-        return _article(rows, (index + 1) % len(rows), rng, settings)
-    return Lesson(tuple(chunk for chunk, _ in chunks), turns, source="article")
+    if not turns:  # none of these paragraphs has questions
+        turns = (Turn(CONTINUE, rng.choice(row["paragraphs"])["text"]),)
+    return Lesson(
+        tuple(chunk for chunk, _ in chunks),
+        turns,
+        source="article",
+        distill=row.get("distill", False),
+    )
 
 
 def _question(

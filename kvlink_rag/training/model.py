@@ -76,6 +76,11 @@ class LinkModel(torch.nn.Module):
         loss = (losses * torch.tensor(weights, device=device)).sum() / turns
         return {"loss": loss, "logits": logits}
 
+    def autocast(self) -> torch.autocast:
+        """Half precision as in training: off where the base model has full precision."""
+        half = self.architecture.dtype != torch.float32
+        return torch.autocast(self.architecture.device.type, self.architecture.dtype, enabled=half)
+
     @staticmethod
     def _losses(packs: Sequence[Pack], logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Each label's loss, ``[labels]``."""
@@ -88,8 +93,9 @@ class LinkModel(torch.nn.Module):
                     logits[mine], labels[mine], reduction="none"
                 )
             if pack.teacher is not None:
-                teacher, own = pack.teacher.float(), logits[mine].log_softmax(-1)
-                loss = loss + pack.distill * (teacher.exp() * (teacher - own)).sum(-1)
+                own = logits[mine].log_softmax(-1)
+                divergence = F.kl_div(own, pack.teacher.float(), reduction="none", log_target=True)
+                loss = loss + pack.distill * divergence.sum(-1)
             losses.append(loss)
             start = mine.stop
         return torch.cat(losses)

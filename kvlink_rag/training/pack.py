@@ -105,6 +105,7 @@ class Packer:
         kind: `cache-preserving` freezes prefix and chunks, `whole-model` trains on them.
         links: the link tokens; None trains without.
         max_tokens: longest lesson: chunks and answers beyond are cut.
+        max_answer: longest answer.
         distill: share of the loss that is divergence from the base model's full prefill; 1 for
             lessons that are made for it.
     """
@@ -114,13 +115,16 @@ class Packer:
         engine: KVLinkEngine,
         kind: AdapterKind,
         links: LinkTokens | None,
+        *,
         max_tokens: int,
+        max_answer: int,
         distill: float = 0.0,
     ) -> None:
         self.engine = engine
         self.kind = kind
         self.links = links
         self.max_tokens = max_tokens
+        self.max_answer = max_answer
         self.distill = distill
         self.end = min(engine.stop_ids)
 
@@ -138,8 +142,7 @@ class Packer:
             else:  # plain text: nothing around it
                 turns.append((answer[:1], answer[1:-1] or answer[1:]))
         pack, start = self._context(prefix, chunks, lesson.view)
-        room = self.max_tokens - start
-        turns = [(asked, said[: max(room - len(asked), 1)]) for asked, said in turns]
+        turns = [(asked, said[: self._room(start + len(asked))]) for asked, said in turns]
         for group, (asked, said) in enumerate(turns):
             pack.add_turn(asked, said, start, group)
         pack.distill = 1.0 if lesson.distill else self.distill
@@ -148,9 +151,14 @@ class Packer:
             pack.teacher = torch.cat([self._teach(context, *turn) for turn in turns])
         return pack
 
+    def _room(self, tokens: int) -> int:
+        """Tokens that an answer behind so many may have."""
+        return max(min(self.max_answer, self.max_tokens - tokens), 1)
+
     def _cut(self, chunks: list[list[int]]) -> list[list[int]]:
         """Chunks that leave a quarter of the room for the rest."""
-        kept, tokens = [], 0
+        kept: list[list[int]] = []
+        tokens = 0
         for ids in chunks:
             tokens += len(ids)
             if kept and tokens > self.max_tokens * 3 // 4:
@@ -167,7 +175,8 @@ class Packer:
             use_cache=False,
             logits_to_keep=len(said),
         )
-        return out.logits[0].float().log_softmax(-1).to(out.logits.dtype)
+        teacher: torch.Tensor = out.logits[0].float().log_softmax(-1).to(out.logits.dtype)
+        return teacher
 
     def _context(self, prefix: list[int], chunks: list[list[int]], view: str) -> tuple[Pack, int]:
         """Prefix, chunks and link tokens, and the position behind them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -33,6 +33,7 @@ class TrainSettings:
         min_chunks, max_chunks: chunks in a lesson.
         turns: most questions behind one context.
         max_tokens: longest lesson.
+        max_answer: most tokens of an answer that are learnt.
         steps: optimiser steps.
         batch: lessons in a forward pass.
         accumulate: forward passes in a step.
@@ -61,6 +62,7 @@ class TrainSettings:
     max_chunks: int = 10
     turns: int = 6
     max_tokens: int = 2048
+    max_answer: int = 64
     steps: int = 1000
     batch: int = 4
     accumulate: int = 1
@@ -79,7 +81,16 @@ class TrainSettings:
         ):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
-        for name in ("slots", "min_chunks", "turns", "steps", "batch", "accumulate", "save_steps"):
+        for name in (
+            "slots",
+            "min_chunks",
+            "turns",
+            "max_answer",
+            "steps",
+            "batch",
+            "accumulate",
+            "save_steps",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.links < 0 or self.rank < 0 or self.links + self.rank == 0:
@@ -97,11 +108,14 @@ class TrainSettings:
             raise InputError(f"distill must be between 0 and 1, not {self.distill}")
         for name, shares in (("data", self.data), ("views", self.views)):
             if any(share < 0 for share in shares.values()) or not sum(shares.values()) > 0:
-                raise InputError(f"{name} needs shares above 0, not {dict(shares)}")
+                raise InputError(f"{name} needs entries with shares above 0, not {dict(shares)}")
         if unknown := set(self.views) - set(get_args(View)):
             raise InputError(f"views are {get_args(View)}, not {sorted(unknown)}")
         if not self.links and self.views.get("link"):
-            raise InputError("views: without link tokens (links 0) nothing can be read linked")
+            raise InputError(
+                "views: without link tokens (links 0) nothing can be read linked; give views "
+                "without link"
+            )
 
     @property
     def behind(self) -> EncodeBehind:
@@ -113,6 +127,20 @@ class TrainSettings:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in the file."""
         return asdict(self)
+
+
+def parse_shares(paths: Sequence[str]) -> dict[str, float]:
+    """``PATH`` or ``PATH=SHARE`` as shares by path; 1 where none is given."""
+    shares = {}
+    for text in paths:
+        path, mark, share = text.rpartition("=")
+        if not mark or Path(text).exists():
+            path, share = text, "1"
+        try:
+            shares[path] = float(share)
+        except ValueError as error:
+            raise InputError(f"--data {text!r}: {share!r} is no share, give a number") from error
+    return shares
 
 
 def read_settings(path: Path, **changes: Any) -> TrainSettings:

@@ -15,12 +15,11 @@ ROOT = Path(kvlink_rag.__file__).parent
 FLOORS = [
     {"errors", "chunk", "rope", "fidelity", "report", "progress"},
     {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
-    {"adapter"},
-    {"encode", "forward", "relevance", "prefill", "load", "embeddings"},
+    {"adapter", "presets", "encode", "forward", "relevance", "prefill", "load", "embeddings"},
     {"answer"},
     {"engine"},
     {"index_catalog", "index_vectors", "index_check", "index"},
-    {"training", "evaluation", "documents", "ingest", "bench", "demo"},
+    {"evaluation", "training", "documents", "ingest", "bench", "demo"},
     {"cli", "__main__"},
 ]
 FRAMEWORKS = {"langchain", "langchain_core", "langchain_text_splitters", "llama_index"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,15 +19,20 @@ from kvlink_rag.adapter import Adapter, BaseModel, LinkTokens
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.training.data import Lessons
+from kvlink_rag.training.held_out import held_out_losses
 from kvlink_rag.training.lesson import Lesson
 from kvlink_rag.training.model import LinkModel
+from kvlink_rag.training.own_documents import is_documents, write_questions
 from kvlink_rag.training.pack import Pack, Packer
+from kvlink_rag.training.plot import plot_losses
 from kvlink_rag.training.settings import TrainSettings
 
 SETTINGS = "settings.json"
 TRAINED = "trained.safetensors"
 """The weights in training, float32, in each checkpoint."""
 HISTORY = "history.json"
+BEFORE = "held-out-before.json"
+QUESTIONS = "questions.jsonl"
 STORE = "chunk-caches"
 
 log = logging.getLogger(__name__)
@@ -43,14 +49,23 @@ def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adap
     Raises:
         InputError: ``out`` holds a run with other settings, or the data cannot be read.
     """
+    asked = settings
     _claim(out, settings)
     set_seed(settings.seed)
     engine = KVLinkEngine.from_pretrained(
         settings.model, store=store or out / STORE, encode_behind=settings.behind
     )
+    settings = _with_questions(settings, engine, out)
     links = first_links(settings, engine)
     model = LinkModel(engine.model, engine.architecture, lora_config(settings), links)
-    packer = Packer(engine, settings.kind, links, settings.max_tokens, settings.distill)
+    packer = Packer(
+        engine,
+        settings.kind,
+        links,
+        max_tokens=settings.max_tokens,
+        max_answer=settings.max_answer,
+        distill=settings.distill,
+    )
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, out, engine),
@@ -62,12 +77,32 @@ def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adap
     )
     trainer.link_learning_rate = settings.link_learning_rate
     checkpoint = last_checkpoint(out)
+    model.eval()  # nothing in it is random
+    if checkpoint is None:
+        _write_json(out / BEFORE, held_out_losses(model, packer, settings))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    adapter = make_adapter(settings, engine, model, trainer.state.log_history)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    before = json.loads((out / BEFORE).read_text(encoding="utf-8"))
+    after = held_out_losses(model, packer, settings)
+    plot_losses(history, before, after, out / "loss.png")
+    notes = {"settings": asked.to_json(), "held_out": {"before": before, "after": after}}
+    adapter = make_adapter(settings, engine, model, notes)
     adapter.save(out)
     if store is None:
         shutil.rmtree(out / STORE, ignore_errors=True)
     return adapter
+
+
+def _with_questions(settings: TrainSettings, engine: KVLinkEngine, out: Path) -> TrainSettings:
+    """Documents among the data are replaced by questions that the model writes to them, once."""
+    shares = {p: share for p, share in settings.data.items() if is_documents(Path(p).expanduser())}
+    if not shares:
+        return settings
+    questions = out / QUESTIONS
+    if not questions.is_file():  # a run goes on with the documents that it began with
+        write_questions(engine, [Path(path).expanduser() for path in shares], questions)
+    rest = {path: share for path, share in settings.data.items() if path not in shares}
+    return replace(settings, data={**rest, str(questions): sum(shares.values())})
 
 
 def lora_config(settings: TrainSettings) -> dict[str, Any] | None:
@@ -98,7 +133,10 @@ def first_links(settings: TrainSettings, engine: KVLinkEngine) -> LinkTokens | N
 
 
 def make_adapter(
-    settings: TrainSettings, engine: KVLinkEngine, model: LinkModel, history: Sequence[Any] = ()
+    settings: TrainSettings,
+    engine: KVLinkEngine,
+    model: LinkModel,
+    notes: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """The adapter of a model in training, in the base model's number type."""
     from peft import get_peft_model_state_dict
@@ -113,8 +151,6 @@ def make_adapter(
     if links is not None and model.link_embeddings is not None:
         embeddings = model.link_embeddings.detach().to(dtype)
         links = LinkTokens(links.layout, links.count, links.first_id, links.slots, embeddings)
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    notes = {"settings": settings.to_json(), "last_losses": losses[-5:]}
     return Adapter(
         kind=settings.kind,
         links=links,
@@ -123,7 +159,7 @@ def make_adapter(
         lora_weights=weights,
         encode_behind=settings.behind,
         prompt=engine.layout.template,
-        notes=notes,
+        notes=notes or {},
     )
 
 
@@ -244,4 +280,8 @@ class _Curves(TrainerCallback):
 
     def _write(self, state: Any) -> None:
         entries = [entry for entry in state.log_history if "loss" in entry]
-        (self._out / HISTORY).write_text(json.dumps(entries) + "\n", encoding="utf-8")
+        _write_json(self._out / HISTORY, entries)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
