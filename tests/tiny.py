@@ -182,9 +182,13 @@ class Reference:
     def _inputs(self) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.tensor([[node.token for node in self.nodes]])}
 
-    @torch.inference_mode()
     def logits(self) -> torch.Tensor:
         """Of the last token, ``[vocab]``."""
+        return self.all_logits()[-1]
+
+    @torch.inference_mode()
+    def all_logits(self) -> torch.Tensor:
+        """Of every token, ``[tokens, vocab]``."""
         config = self.model.config
         mask: Any = self.mask(getattr(config, "sliding_window", None))
         if config.model_type in TAKES_MASK_BY_LAYER_TYPE:
@@ -194,4 +198,4 @@ class Reference:
             position_ids=torch.tensor([[node.position for node in self.nodes]]),
             attention_mask=mask,
             use_cache=False,
-        ).logits[0, -1]
+        ).logits[0]

@@ -52,10 +52,10 @@ def _lora_shapes(name: str) -> dict[str, torch.Size]:
 
 
 def lora_weights(name: str = "llama", seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random matrices whose products are about as large as the tiny models' own weights."""
+    """Random matrices whose products are half as large as the tiny models' own weights."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        key: torch.randn(shape, generator=generator) * (0.2 if "lora_A" in key else 0.15)
+        key: torch.randn(shape, generator=generator) * (0.15 if "lora_A" in key else 0.12)
         for key, shape in _lora_shapes(name).items()
     }
 
@@ -129,9 +129,9 @@ class Reference(tiny.Reference):
             return link.embeddings[token - table.num_embeddings]
         return table(torch.tensor(token))
 
-    def logits(self) -> torch.Tensor:
+    def all_logits(self) -> torch.Tensor:
         with _lora(self.model, self.trained, torch.tensor(self.tuned, dtype=torch.float32)):
-            return super().logits()
+            return super().all_logits()
 
 
 @contextmanager
