@@ -83,7 +83,7 @@ class KVLinkEngine:
     ) -> None:
         self._monitor = FidelityMonitor(fidelity_rate, fidelity_limit)
         self.adapter = adapter
-        self._base = model
+        self._base, self._asked = model, (encode_behind, prompt)
         if adapter is not None:
             adapter.check_vocabulary(model, tokenizer)
         self.model, self.reader = adapter.apply(model) if adapter else (model, model)
@@ -202,6 +202,8 @@ class KVLinkEngine:
             store=self.store,
             strategy=self.strategy if self.strategy != "link" else "reuse",
             adapter=None if adapter is None else load_adapter(adapter),
+            encode_behind=self._asked[0],
+            prompt=self._asked[1],
             recompute_tokens=self.recompute_tokens,
             recompute_by=self.recompute_by,
             fidelity_rate=self._monitor.rate,
