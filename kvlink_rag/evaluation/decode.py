@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvlink_rag.architecture import Architecture
-from kvlink_rag.errors import UnsupportedModelError
+from kvlink_rag.errors import InputError, UnsupportedModelError
 from kvlink_rag.link import ContextCache
 
 NAME = "kvlink_rows"
@@ -39,7 +39,17 @@ def decode(
         model: what the answers run through.
         caches: of each row everything up to the end of the prompt, with room for the answer.
         first: the first token of each answer.
+
+    Raises:
+        InputError: a cache has no room for the answer.
     """
+    for cache in caches:
+        used = cache.get_seq_length()
+        if cache.capacity < used + max_new_tokens - 1:
+            raise InputError(
+                f"a cache of {cache.capacity} tokens, {used} used, has too little room"
+            )
+        cache.value_buffer[:, :, :, used:] = 0  # counts nothing there, but must be a number
     answers = [[token] for token in first]
     while going := [
         row
@@ -83,6 +93,9 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Grouped-query attention of one token a row; its key and value go to the row's cache.
 
+    Goes over all of a cache's buffer, with what is not filled left out afterwards: on CPU, matrix
+    products copy what does not lie in one piece.
+
     Args:
         query: ``[rows, heads, 1, head_dim]``; ``key`` and ``value`` alike with ``kv_heads``.
 
@@ -96,15 +109,18 @@ def attend(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     window, mixed = architecture.windows[layer], []
     for row, cache in enumerate(caches):
-        keys, values = cache.update(key[row : row + 1], value[row : row + 1], layer)
-        if window is not None:
-            keys, values = keys[:, :, -window:], values[:, :, -window:]
-        folded = (query[row] * scale).reshape(keys.shape[1], -1, query.shape[3])
-        scores = torch.bmm(folded, keys[0].transpose(1, 2))  # [kv_heads, heads a group, tokens]
+        cache.update(key[row : row + 1], value[row : row + 1], layer)
+        tokens = cache.get_seq_length(layer)
+        keys, values = cache.key_buffer[layer, 0], cache.value_buffer[layer, 0]
+        folded = (query[row] * scale).reshape(keys.shape[0], -1, query.shape[3])
+        scores = torch.bmm(folded, keys.transpose(1, 2))  # [kv_heads, heads a group, capacity]
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
+        scores[..., tokens:] = float("-inf")
+        if window is not None and tokens > window:
+            scores[..., : tokens - window] = float("-inf")
         weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
-        mixed.append(torch.bmm(weights, values[0]).flatten(0, 1))
+        mixed.append(torch.bmm(weights, values).flatten(0, 1))
     return torch.stack(mixed)[:, None], None
 
 
