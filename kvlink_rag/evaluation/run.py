@@ -147,6 +147,8 @@ def evaluate(
     runner = Runner(plan, base)
     files = ability.read_files(plan)
     sets = [read_set(name, plan.questions) for name in plan.sets]
+    if any(each.kind == "summary" for each in sets):
+        rouge_l("", [""])  # if its package is missing, say so before the work
     items = make_items(plan, sets, runner.engines, progress)
     _write_run(plan, runner, items, files, out)
     journal = Journal(out, "answers", shard)

@@ -63,6 +63,7 @@ def test_the_table_for_people(out):
     half = 50 * (lambda em: em["high"] - em["low"])(results(out)["rows"]["full"]["first"]["em"])
     lines = text.splitlines()
     assert f"| row | first (8) | second (8) | {AVERAGE} (16) |" in lines
+    assert "|---|---|---|---|" in lines
     (full,) = [line for line in lines if line.startswith("| full |")]
     assert full.startswith(f"| full | 50.0 ± {half:.1f} / 25.0 ± {half / 2:.1f} | 50.0 ± ")
     (em, f1) = [line for line in lines if line.startswith("| reuse | +")]
