@@ -77,6 +77,7 @@ class KVLinkEngine:
     ) -> None:
         self.adapter = adapter
         self._base = model
+        self._chosen = (encode_behind, prompt)
         self.model, self.reader = adapter.apply(model) if adapter else (model, model)
         self.tokenizer = tokenizer
         self.name = name
@@ -164,18 +165,27 @@ class KVLinkEngine:
     def with_adapter(self, adapter: str | Path | Adapter | None) -> KVLinkEngine:
         """A twin with another adapter, or none, that shares the base model's weights and the store.
 
+        What this engine was given as ``encode_behind`` and ``prompt`` stays; what it was not given
+        is the other adapter's.
+
         Raises:
             AdapterError: as :meth:`from_pretrained`.
         """
-        return KVLinkEngine(
-            self._base,
-            self.tokenizer,
-            name=self.name,
-            store=self.store,
-            strategy=self.strategy if self.strategy != "link" else "reuse",
-            adapter=None if adapter is None else load_adapter(adapter),
-            recompute_tokens=self.recompute_tokens,
-        )
+        encode_behind, prompt = self._chosen
+        with self._model_lock:  # forward passes set attention and masks of the base model
+            twin = KVLinkEngine(
+                self._base,
+                self.tokenizer,
+                name=self.name,
+                store=self.store,
+                strategy=self.strategy if self.strategy != "link" else "reuse",
+                adapter=None if adapter is None else load_adapter(adapter),
+                encode_behind=encode_behind,
+                recompute_tokens=self.recompute_tokens,
+                prompt=prompt,
+            )
+        twin._model_lock = self._model_lock
+        return twin
 
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
         """The store's keys of chunks, in order."""

@@ -75,7 +75,7 @@ def attend(
     for pack in _PACKS.get():
         stop = start + pack.tokens
         parts.append(
-            _PackAttention.apply(
+            _PackAttention.apply(  # type: ignore[no-untyped-call]
                 query[0, :, start:stop],
                 key[0, :, start:stop],
                 value[0, :, start:stop],

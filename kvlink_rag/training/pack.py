@@ -123,7 +123,6 @@ class Packer:
 
     def _context(self, prefix: list[int], chunks: list[list[int]], view: str) -> tuple[Pack, int]:
         """Prefix, chunks and link tokens, and the position behind them."""
-        engine = self.engine
         links = self.links if view == "link" else None
         if view == "full" and chunks and self.kind == "cache-preserving":
             chunks = [[token for chunk in chunks for token in chunk]]  # one chunk sees itself whole
