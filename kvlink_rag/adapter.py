@@ -9,16 +9,18 @@ serves the base model and any number of such adapters.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlink_rag.errors import AdapterError, InputError
 from kvlink_rag.prompt import EncodeBehind, PromptTemplate
@@ -162,6 +164,8 @@ class Adapter:
         lora_weights: peft's weights by name.
         encode_behind: what chunks were encoded behind in training.
         prompt: the words around chunks and question in training.
+        around: ids of special tokens of the model that stand right before the first of the linked
+            chunks, and right behind the last one and its link tokens. Not part of `full`.
         notes: how it was trained, for people.
         name: where it came from.
     """
@@ -173,6 +177,7 @@ class Adapter:
     lora_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     encode_behind: EncodeBehind = "system"
     prompt: PromptTemplate = field(default_factory=PromptTemplate)
+    around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     notes: Mapping[str, Any] = field(default_factory=dict)
     name: str = "in memory"
 
@@ -216,6 +221,44 @@ class Adapter:
                 f"{hidden}): load the model it was trained for, or train an adapter for this one"
             )
 
+    def check_vocabulary(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a model that lacks the special tokens of its own that the adapter needs.
+
+        Special, because user text can never become one.
+
+        Raises:
+            AdapterError: an id is beyond the vocabulary, or that of another kind of token.
+        """
+        needed = [token for ids in self.around for token in ids]
+        if self.links is not None and self.links.embeddings is None:
+            needed += range(self.links.first_id, self.links.first_id + self.links.size)
+        rows = model.config.get_text_config(decoder=True).vocab_size
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        wrong = [token for token in sorted(needed) if token >= rows or token not in special]
+        if wrong:
+            raise AdapterError(
+                f"adapter {self.name!r} needs the special tokens {min(needed)} to {max(needed)} of "
+                f"the model it was made for; this one has a vocabulary of {rows}, and token "
+                f"{wrong[0]} is none of its special tokens: load the model that the adapter is for"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that changes answers: weights, link tokens and settings."""
+        settings = self._settings()
+        del settings["notes"]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=_plain).encode())
+        config = None if self.lora_config is None else dict(self.lora_config)
+        digest.update(json.dumps(config, sort_keys=True, default=_plain).encode())
+        tensors = dict(self.lora_weights)
+        if self.links is not None and self.links.embeddings is not None:
+            tensors["links"] = self.links.embeddings
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def _load_lora(self, reader: PreTrainedModel) -> None:
         from peft import set_peft_model_state_dict
 
@@ -256,11 +299,7 @@ class Adapter:
             "first_id": self.links.first_id,
         }
         base = self.base and {"name": self.base.name, "sizes": dict(self.base.sizes)}
-        prompt = {
-            "before": self.prompt.before,
-            "question": self.prompt.question,
-            "options": dict(self.prompt.options),
-        }
+        prompt = {**vars(self.prompt), "options": dict(self.prompt.options)}
         return {
             "format": FORMAT,
             "kind": self.kind,
@@ -268,12 +307,13 @@ class Adapter:
             "base": base,
             "encode_behind": self.encode_behind,
             "prompt": prompt,
+            "around": self.around,
             "notes": dict(self.notes),
         }
 
 
 def load_adapter(source: str | Path | Adapter) -> Adapter:
-    """An adapter from its folder, or by the name of one that comes with the package.
+    """An adapter from its folder, or by the name of one that comes with the package or a preset.
 
     Raises:
         AdapterError: there is none, or its files are damaged.
@@ -284,10 +324,15 @@ def load_adapter(source: str | Path | Adapter) -> Adapter:
     if not (folder / SETTINGS).is_file() and (SHIPPED / str(source) / SETTINGS).is_file():
         folder = SHIPPED / str(source)
     if not (folder / SETTINGS).is_file():
+        from kvlink_rag.presets import PRESETS
+
+        if str(source) in PRESETS:
+            return PRESETS[str(source)]
         known = ", ".join(shipped_adapters()) or "none"
         raise AdapterError(
-            f"no adapter at {str(source)!r}: give the folder that kvlink train made, or the name "
-            f"of one that comes with kvlink_rag ({known})"
+            f"no adapter at {str(source)!r}: give the folder that kvlink train made, the name of "
+            f"one that comes with kvlink_rag ({known}), or that of a preset for a published model "
+            f"({', '.join(PRESETS)})"
         )
     try:
         return _read(folder, str(source))
@@ -310,6 +355,7 @@ def _read(folder: Path, name: str) -> Adapter:
         raise ValueError(f"encode_behind {settings['encode_behind']!r}")
     tensors = load_file(folder / LINKS)
     links = _read_links(settings["links"], tensors.get("embeddings"))
+    before, behind = settings.get("around", ((), ()))  # adapters without marks may leave it out
     base = settings["base"] and BaseModel(**settings["base"], sample=tensors["base_sample"])
     lora_config, lora_weights = None, {}
     if (folder / LORA_CONFIG).is_file():
@@ -324,6 +370,7 @@ def _read(folder: Path, name: str) -> Adapter:
         lora_weights=lora_weights,
         encode_behind=settings["encode_behind"],
         prompt=PromptTemplate(**settings["prompt"]),
+        around=(tuple(before), tuple(behind)),
         notes=settings["notes"],
         name=name,
     )
@@ -348,7 +395,9 @@ def add_lora(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedMod
 
     known = {k: v for k, v in config.items() if k in LoraConfig.__dataclass_fields__}
     twin = share_weights(model)
-    return cast("PreTrainedModel", inject_adapter_in_model(LoraConfig(**known), twin).eval())
+    inject_adapter_in_model(LoraConfig(**known), twin)  # in place
+    twin.eval()
+    return twin
 
 
 def lora_layers(model: torch.nn.Module) -> Iterator[Any]:

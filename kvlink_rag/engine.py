@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -78,6 +79,8 @@ class KVLinkEngine:
         self.adapter = adapter
         self._base = model
         self._chosen = (encode_behind, prompt)
+        if adapter is not None:
+            adapter.check_vocabulary(model, tokenizer)
         self.model, self.reader = adapter.apply(model) if adapter else (model, model)
         self.tokenizer = tokenizer
         self.name = name
@@ -121,8 +124,8 @@ class KVLinkEngine:
             strategy: the default for every answer: `reuse`, `recompute`, `full`, or with an adapter
                 `link`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
-                name of one that comes with the package, such as `smollm2-135m-link5`. It is active
-                in every strategy.
+                name of one that comes with the package, such as `smollm2-135m-link5`, or of a
+                preset (:mod:`kvlink_rag.presets`). It is active in every strategy.
             device: `auto` takes an accelerator when there is one.
             dtype: `auto` keeps the checkpoint's.
             encode_behind: what chunks are encoded behind: the model's default `system` prefix, its
@@ -194,13 +197,16 @@ class KVLinkEngine:
     def _key(self, token_ids: Sequence[int]) -> str:
         return chunk_key(self.fingerprint, self.behind, token_ids)
 
-    def cache_of(self, token_ids: Sequence[int], behind: Sequence[int]) -> ChunkKV:
-        """The cache of tokens encoded behind others, from the store or computed and stored."""
+    def cache_of(
+        self, token_ids: Sequence[int], behind: Sequence[int], *, keep: bool = True
+    ) -> ChunkKV:
+        """The cache of tokens encoded behind others, from the store or computed (and stored)."""
         wanted = (tuple(token_ids), tuple(behind))
         record = self._load([wanted])[wanted]
         if record is None:
             record = self._compute([wanted])[wanted]
-            self._keep([(record, [])])
+            if keep:
+                self._keep([(record, [])])
         return record
 
     # Indexing
@@ -316,9 +322,7 @@ class KVLinkEngine:
     ) -> tuple[Prefill, list[tuple[ChunkKV, list[str]]]]:
         """The prefill and the records it had to compute (not yet stored)."""
         report = Report(request.strategy)
-        around = self.layout.lay_out(
-            request.messages, tools=request.tools, with_chunks=bool(request.chunks)
-        )
+        around = self._around(request)
         token_ids, segments = self._lay_out(request, around)
         self._check_length(len(token_ids) + new_tokens, "the prompt with its answer")
         cache = self._encoder.new_cache(len(token_ids) + new_tokens)
@@ -339,6 +343,16 @@ class KVLinkEngine:
         positions = list(range(len(token_ids)))
         prefill = Prefill(logits, token_ids, positions, segments, report, cache, self.reader, links)
         return prefill, computed
+
+    def _around(self, request: Request) -> PromptParts:
+        """Token ids around the chunks, the adapter's among them where chunks are linked."""
+        parts = self.layout.lay_out(
+            request.messages, tools=request.tools, with_chunks=bool(request.chunks)
+        )
+        if self.adapter is None or not request.chunks or request.strategy == "full":
+            return parts
+        before, behind = self.adapter.around
+        return replace(parts, prefix=[*parts.prefix, *before], question=[*behind, *parts.question])
 
     def _lay_out(self, request: Request, around: PromptParts) -> tuple[list[int], list[Segment]]:
         """The prompt's token ids and what they are."""

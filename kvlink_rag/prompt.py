@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.conversation import CHUNKS_MARK, TEXT_MARK, Marked, Message, as_messages
+from kvlink_rag.conversation import CHUNKS, CHUNKS_MARK, TEXT_MARK, Marked, Message, as_messages
 from kvlink_rag.errors import InputError
 
 EncodeBehind = Literal["system", "header", "alone"]
@@ -29,37 +29,65 @@ EncodeBehind = Literal["system", "header", "alone"]
 
 DEFAULT_BEHIND: EncodeBehind = "system"
 
+Turn = Literal["user", "system"]
+"""In whose turn chunks stand, unless a message names their place."""
+
 _FIXED_DATE = "01 Jan 2024"
 _FIXED_DATE_MACRO = f"{{%- macro strftime_now(style) -%}}{_FIXED_DATE}{{%- endmacro -%}}"
 
+_CHUNK = "{title}\n{text}\n\n"
 
-def render_chunk(chunk: Chunk) -> str:
+
+def render_chunk(chunk: Chunk, template: str = _CHUNK) -> str:
     """A chunk as the model reads it: its title on a line (if any), its text, and a blank line.
 
     No rank number is part of it: a chunk's tokens must not depend on where it is retrieved.
+
+    Args:
+        template: other words around title and text (``PromptTemplate.chunk``).
     """
-    return f"{chunk.title}\n{chunk.text}\n\n" if chunk.title else f"{chunk.text}\n\n"
+    before, behind = template.split("{text}")
+    if "{title}" in before:
+        before = before.replace("{title}", chunk.title) if chunk.title else ""
+    return before + chunk.text + behind
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The words around chunks and question inside the user's turn.
+    """The words around chunks and question.
 
     Args:
-        before: text between the chat header and the first chunk.
-        question: text behind the last chunk; ``{question}`` is where the question goes.
-        options: extra variables for the model's chat template, e.g. ``{"enable_thinking": False}``.
+        before: text right before the first chunk; special tokens in it are special.
+        question: text of the user's turn; ``{question}`` is where the question goes.
+        options: extra variables for the model's chat template, e.g. ``{"enable_thinking": False}``;
+            ``chat_template`` replaces it.
+        chunk: a chunk's own words around ``{title}`` and ``{text}``. A chunk without a title leaves
+            out what stands before ``{text}`` if ``{title}`` is there.
+        system: default system prompt; None leaves the chat template's.
+        turn: chunks open the last turn of the `user`, or close the `system` prompt.
     """
 
     before: str = "Documents:\n\n"
     question: str = "Using the documents above, answer briefly.\nQuestion: {question}"
     options: Mapping[str, Any] = field(default_factory=dict)
+    chunk: str = _CHUNK
+    system: str | None = None
+    turn: Turn = "user"
 
     def __post_init__(self) -> None:
         if self.question.count("{question}") != 1:
             raise InputError(
                 f"the question template {self.question!r} must contain {{question}} exactly once"
             )
+        if self.chunk.count("{text}") != 1 or "{title}" in self.chunk.split("{text}")[1]:
+            raise InputError(
+                f"the chunk template {self.chunk!r} must contain {{text}} exactly once, and "
+                "{title}, if at all, before it"
+            )
+        if self.turn not in get_args(Turn):
+            raise InputError(f"turn must be one of {get_args(Turn)}, not {self.turn!r}")
+        if self.turn == "system" and self.system is None:
+            raise InputError("chunks in the system turn need a default system prompt: give system=")
 
 
 @dataclass(frozen=True)
@@ -110,7 +138,7 @@ class PromptLayout:
 
         Args:
             question: a text, or the messages of a conversation.
-            system: replaces the model's default system prompt.
+            system: replaces the default system prompt.
             tools: JSON schemas of functions, for a chat template that shows them.
             with_chunks: False leaves out the words around chunks, too.
 
@@ -129,8 +157,15 @@ class PromptLayout:
         with_chunks: bool = True,
         fixed_date: bool = False,
     ) -> PromptParts:
-        words = (self.template.before, self.template.question) if with_chunks else ("", "")
-        marked = Marked(messages, *words, with_chunks)
+        template = self.template
+        if template.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": template.system}, *messages]
+        words = (template.before, template.question) if with_chunks else ("", "")
+        if template.turn == "user" or not with_chunks or any(map(_names_the_place, messages)):
+            marked = Marked(messages, *words, with_chunks)
+        else:
+            marked = Marked(messages, "", template.question, with_chunks)
+            _move_to_system_turn(marked, template.before)
         rendered = self._render(json.dumps([marked.messages, list(tools)]), fixed_date)
         numbers = sorted(int(number) for number in TEXT_MARK.findall(rendered))
         if numbers != list(range(len(marked.texts))) or rendered.count(CHUNKS_MARK) != with_chunks:
@@ -145,7 +180,7 @@ class PromptLayout:
     @cached_property
     def supports_tools(self) -> bool:
         """Whether the model's chat template shows tools."""
-        if not self.tokenizer.chat_template:
+        if not self.template.options.get("chat_template", self.tokenizer.chat_template):
             return False
         tool = {"name": "probe", "description": "", "parameters": {}}
         tools = [{"type": "function", "function": tool}]
@@ -167,7 +202,7 @@ class PromptLayout:
 
     def chunk(self, chunk: Chunk) -> list[int]:
         """Token ids of one chunk, encoded on its own."""
-        return self.encode_text(render_chunk(chunk))
+        return self.encode_text(render_chunk(chunk, self.template.chunk))
 
     def behind(self, mode: EncodeBehind) -> list[int]:
         """Token ids that chunks are encoded behind.
@@ -212,14 +247,15 @@ class PromptLayout:
     def _render_json(self, messages_and_tools: str, fixed_date: bool) -> str:
         """The rendered conversation, given as JSON to remember what was rendered before."""
         messages, tools = json.loads(messages_and_tools)
-        if not self.tokenizer.chat_template:
-            return self._render_plain(messages)
         options = dict(self.template.options)
+        if not options.get("chat_template", self.tokenizer.chat_template):
+            return self._render_plain(messages)
         if tools:
             options["tools"] = tools
         if fixed_date:
             # Some templates print today's date: a macro of that name hides transformers' function.
-            template = _FIXED_DATE_MACRO + self.tokenizer.get_chat_template()
+            template = self.tokenizer.get_chat_template(options.get("chat_template"))
+            template = _FIXED_DATE_MACRO + template
             options |= {"chat_template": template, "date_string": _FIXED_DATE}
         try:
             return self._apply(messages, options)
@@ -247,6 +283,18 @@ class PromptLayout:
             **options,
         )
         return str(rendered)
+
+
+def _names_the_place(message: Message) -> bool:
+    return isinstance(message["content"], list) and CHUNKS in message["content"]
+
+
+def _move_to_system_turn(marked: Marked, before: str) -> None:
+    """Move the chunks from the user's turn to the end of the system prompt, the first message."""
+    for message in marked.messages:
+        if message["content"]:
+            message["content"] = message["content"].replace(CHUNKS_MARK, "")
+    marked.messages[0]["content"] += before + CHUNKS_MARK
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:

@@ -7,13 +7,15 @@ plain text need no code of their own, and no mask over the whole batch is ever m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "kvlink_packed"
@@ -21,34 +23,107 @@ NAME = "kvlink_packed"
 
 @dataclass(eq=False)
 class PackContext:
-    """What the attention of one pack needs.
+    """Keys and values of one pack's frozen context, and who sees whom.
+
+    A token sees those at positions up to its own that are of its group, and if it is open also the
+    shared ones; in a layer with a sliding window only the nearest.
 
     Args:
         keys, values: ``[layers, kv_heads, context, dim]``, frozen, at their positions.
-        bias: per layer ``[tokens, context + tokens]``, 0 where a token sees another, else -inf.
+        positions, groups, shared: ``[context + tokens]``, of frozen and new tokens.
+        open: ``[tokens]``, of the new ones.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    bias: Sequence[torch.Tensor]
+    positions: torch.Tensor
+    groups: torch.Tensor
+    shared: torch.Tensor
+    open: torch.Tensor
 
     @property
     def tokens(self) -> int:
         """New tokens."""
-        return int(self.bias[0].shape[0])
+        return int(self.open.shape[0])
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """``[tokens, context + tokens]``, 0 where a token sees another, else -inf."""
+        own = slice(self.keys.shape[2], None)
+        seen = self.groups[None] == self.groups[own, None]
+        seen |= self.shared[None] & self.open[:, None]
+        distance = self.positions[own, None] - self.positions[None]
+        seen &= distance >= 0
+        if window is not None:
+            seen &= distance < window
+        bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return bias.masked_fill_(~seen, float("-inf"))
 
 
-_PACKS: ContextVar[Sequence[PackContext]] = ContextVar("packs")
+class Batch:
+    """Packs of one forward pass; masks are made once for all layers of the same window.
+
+    Args:
+        packs: in the order of their tokens.
+        windows: per layer its sliding window, or None.
+    """
+
+    def __init__(self, packs: Sequence[PackContext], windows: Sequence[int | None]) -> None:
+        self.packs = packs
+        self.windows = windows
+        self._biases: dict[tuple[int | None, torch.dtype], list[torch.Tensor]] = {}
+        self._block_masks: dict[int | None, BlockMask] = {}
+
+    def biases(self, layer: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """For each pack its mask in a layer."""
+        window = self.windows[layer]
+        if (window, dtype) not in self._biases:
+            self._biases[window, dtype] = [pack.bias(window, dtype) for pack in self.packs]
+        return self._biases[window, dtype]
+
+    def block_mask(self, layer: int) -> BlockMask:
+        """The mask of all packs in a layer, for flex attention: only blocks are kept."""
+        window = self.windows[layer]
+        if window not in self._block_masks:
+            self._block_masks[window] = self._make_block_mask(window)
+        return self._block_masks[window]
+
+    def _make_block_mask(self, window: int | None) -> BlockMask:
+        packs = self.packs
+        positions = torch.cat([pack.positions for pack in packs])
+        groups = torch.cat([pack.groups for pack in packs])
+        shared = torch.cat([pack.shared for pack in packs])
+        opens = torch.cat([pack.open for pack in packs])
+        sizes = torch.tensor([len(pack.positions) for pack in packs], device=positions.device)
+        owner = torch.arange(len(packs), device=positions.device).repeat_interleave(sizes)
+        starts = sizes.cumsum(0) - sizes
+        new = [  # where the new tokens are among the keys
+            torch.arange(pack.keys.shape[2], len(pack.positions), device=positions.device) + start
+            for pack, start in zip(packs, starts, strict=True)
+        ]
+        places = torch.cat(new)
+
+        def sees(_: Any, __: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            own = places[query]
+            distance = positions[own] - positions[key]
+            seen = (groups[own] == groups[key]) | (shared[key] & opens[query])
+            seen = seen & (owner[own] == owner[key]) & (distance >= 0)
+            return seen if window is None else seen & (distance < window)
+
+        tokens, device = len(places), str(positions.device)
+        return create_block_mask(sees, None, None, tokens, len(positions), device=device)
+
+
+_BATCH: ContextVar[Batch] = ContextVar("batch")
 
 
 @contextmanager
-def packed(packs: Sequence[PackContext]) -> Iterator[None]:
+def packed(batch: Batch) -> Iterator[None]:
     """Let models whose attention implementation is :data:`NAME` run these packs meanwhile."""
-    token = _PACKS.set(packs)
+    token = _BATCH.set(batch)
     try:
         yield
     finally:
-        _PACKS.reset(token)
+        _BATCH.reset(token)
 
 
 def attend(
@@ -61,7 +136,7 @@ def attend(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention pack by pack.
+    """Attention pack by pack; on a GPU over all packs at once, by flex attention.
 
     Args:
         query: ``[1, heads, tokens of all packs, head_dim]``; ``key``, ``value`` alike with
@@ -71,8 +146,27 @@ def attend(
         ``[1, tokens, heads, value_dim]``, and None for the weights.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer, start, parts = int(module.layer_idx), 0, []  # type: ignore[arg-type]
-    for pack in _PACKS.get():
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if query.is_cuda:
+        flex = _compiled_flex_attention()
+        mixed = attend_flex(query, key, value, _BATCH.get(), layer, scale, softcap, flex)
+    else:
+        mixed = attend_packs(query, key, value, _BATCH.get(), layer, scale, softcap)
+    return mixed.transpose(1, 2), None
+
+
+def attend_packs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: Batch,
+    layer: int,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One pack after the other; shapes as in :func:`attend`, heads first in the result."""
+    start, parts = 0, []
+    for pack, bias in zip(batch.packs, batch.biases(layer, query.dtype), strict=True):
         stop = start + pack.tokens
         parts.append(
             _PackAttention.apply(  # type: ignore[no-untyped-call]
@@ -81,13 +175,51 @@ def attend(
                 value[0, :, start:stop],
                 pack.keys[layer],
                 pack.values[layer],
-                pack.bias[layer],
+                bias,
                 scale,
                 softcap,
             )
         )
         start = stop
-    return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+    return torch.cat(parts, dim=1)[None]
+
+
+def attend_flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: Batch,
+    layer: int,
+    scale: float,
+    softcap: float | None,
+    flex: Callable[..., Any] = flex_attention,
+) -> torch.Tensor:
+    """All packs in one sequence, without a mask of its size (FlexAttention, arXiv 2412.05496)."""
+    keys, values, start = [], [], 0
+    for pack in batch.packs:
+        stop = start + pack.tokens
+        keys += [pack.keys[layer].to(key.dtype), key[0, :, start:stop]]
+        values += [pack.values[layer].to(value.dtype), value[0, :, start:stop]]
+        start = stop
+
+    def cap(score: torch.Tensor, *_: Any) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap) if softcap else score
+
+    mixed: torch.Tensor = flex(
+        query,
+        torch.cat(keys, dim=1)[None],
+        torch.cat(values, dim=1)[None],
+        score_mod=cap if softcap else None,
+        block_mask=batch.block_mask(layer),
+        scale=scale,
+        enable_gqa=True,
+    )
+    return mixed
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
 
 
 class _PackAttention(torch.autograd.Function):

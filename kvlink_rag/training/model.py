@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kvlink_rag.adapter import LinkTokens, add_lora, lora_layers
+from kvlink_rag.adapter import LinkTokens, add_lora, lora_layers, share_weights
 from kvlink_rag.architecture import Architecture
 from kvlink_rag.training import attention
 from kvlink_rag.training.pack import IGNORED, Pack
@@ -20,7 +20,7 @@ class LinkModel(torch.nn.Module):
     Args:
         model: the base model; stays as it is and shares its weights.
         architecture: its description.
-        lora_config: peft's settings, as a dictionary; None trains link tokens alone.
+        lora_config: peft's settings as a dictionary; None trains link tokens alone.
         links: link tokens, whose embeddings are the starting values; None without.
 
     Attributes:
@@ -37,7 +37,7 @@ class LinkModel(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.architecture = architecture
-        self.reader = add_lora(model, lora_config or {"r": 1, "target_modules": []})
+        self.reader = add_lora(model, lora_config) if lora_config else share_weights(model)
         self.reader.set_attn_implementation(attention.NAME)
         for layer in lora_layers(self.reader):
             layer.cast_input_dtype_enabled = False  # autocast does it
@@ -50,7 +50,8 @@ class LinkModel(torch.nn.Module):
             self.link_embeddings = torch.nn.Parameter(links.embeddings.float().clone())
 
     def forward(self, packs: Sequence[Pack]) -> dict[str, torch.Tensor]:
-        """Mean cross-entropy over all labels of the packs.
+        """The loss: cross-entropy, or divergence from a teacher, a mean over turns of means over
+        their labels (long answers weigh no more than short ones).
 
         Returns:
             ``loss``, and ``logits`` ``[labels, vocab]``.
@@ -60,17 +61,47 @@ class LinkModel(torch.nn.Module):
         positions = torch.tensor([[p for pack in packs for p in pack.positions]], device=device)
         labels = torch.tensor([label for pack in packs for label in pack.labels], device=device)
         places = (labels != IGNORED).nonzero()[:, 0]
-        number_type = self.architecture.dtype
-        contexts = [pack.for_attention(self.architecture, number_type) for pack in packs]
-        with attention.packed(contexts):
+        contexts = [pack.for_attention() for pack in packs]
+        with attention.packed(attention.Batch(contexts, self.architecture.windows)):
             logits = self.reader(
                 inputs_embeds=self._embed(token_ids),
                 position_ids=positions,
                 use_cache=False,
                 logits_to_keep=places,
             ).logits[0]
-        loss = F.cross_entropy(logits.float(), labels[places])
+        losses = self._losses(packs, logits.float(), labels[places])
+        weights = [1 / count for pack in packs for count in pack.answers for _ in range(count)]
+        turns = sum(len(pack.answers) for pack in packs)
+        loss = (losses * torch.tensor(weights, device=device)).sum() / turns
         return {"loss": loss, "logits": logits}
+
+    def autocast(self) -> torch.autocast:
+        """Half precision as in training: off where the base model has full precision."""
+        half = self.architecture.dtype != torch.float32
+        return torch.autocast(self.architecture.device.type, self.architecture.dtype, enabled=half)
+
+    @staticmethod
+    def _losses(packs: Sequence[Pack], logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Each label's loss, ``[labels]``."""
+        losses, start = [], 0
+        for pack in packs:
+            mine = slice(start, start + sum(pack.answers))
+            loss = torch.zeros(sum(pack.answers), device=logits.device)
+            if pack.distill < 1:
+                loss = (1 - pack.distill) * F.cross_entropy(
+                    logits[mine], labels[mine], reduction="none"
+                )
+            if pack.teacher is not None:
+                own = logits[mine].log_softmax(-1)
+                divergence = F.kl_div(own, pack.teacher.float(), reduction="none", log_target=True)
+                loss = loss + pack.distill * divergence.sum(-1)
+            losses.append(loss)
+            start = mine.stop
+        return torch.cat(losses)
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The weights that training changes, by name."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         table: Any = self.reader.get_input_embeddings()

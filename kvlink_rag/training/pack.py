@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 
 from kvlink_rag.adapter import AdapterKind, LinkTokens
-from kvlink_rag.architecture import Architecture
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.rope import shift_groups
 from kvlink_rag.training.attention import PackContext
@@ -34,6 +33,9 @@ class Pack:
         context: positions of the frozen tokens.
         token_ids, positions, groups, shared, open: of the new tokens.
         labels: the token to be predicted at each new token's place, or :data:`IGNORED`.
+        answers: labels of each turn, in order.
+        teacher: ``[labels, vocab]`` log-probabilities that are to be learnt, or None.
+        distill: how much of the loss is the divergence from them.
     """
 
     keys: torch.Tensor
@@ -45,6 +47,9 @@ class Pack:
     shared: list[bool] = field(default_factory=list)
     open: list[bool] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+    teacher: torch.Tensor | None = None
+    distill: float = 0.0
 
     def add(
         self,
@@ -71,23 +76,19 @@ class Pack:
         first = len(self.token_ids) + len(question) - 1
         self.add([*question, *answer[:-1]], start, group, shared=False)
         self.labels[first:] = answer
+        self.answers.append(len(answer))
 
-    def for_attention(self, architecture: Architecture, dtype: torch.dtype) -> PackContext:
-        """Keys, values, and who sees whom, layer by layer."""
-        frozen = len(self.context)
-        own = torch.tensor(self.positions)
-        positions = torch.cat([torch.tensor(self.context, dtype=torch.long), own])
-        groups = torch.tensor([COMMON] * frozen + self.groups)
-        shared = torch.tensor([True] * frozen + self.shared)
-        seen = groups[None] == groups[frozen:, None]
-        seen |= shared[None] & torch.tensor(self.open)[:, None]
-        seen &= positions[None] <= own[:, None]
-        made: dict[int | None, torch.Tensor] = {}
-        for window in set(architecture.windows):
-            near = seen if window is None else seen & (positions[None] > own[:, None] - window)
-            bias = torch.zeros(near.shape, dtype=dtype)
-            made[window] = bias.masked_fill_(~near, float("-inf")).to(self.keys.device)
-        return PackContext(self.keys, self.values, [made[w] for w in architecture.windows])
+    def for_attention(self) -> PackContext:
+        """Keys, values, and what says who sees whom."""
+        frozen, device = len(self.context), self.keys.device
+        return PackContext(
+            self.keys,
+            self.values,
+            torch.tensor([*self.context, *self.positions], device=device),
+            torch.tensor([COMMON] * frozen + self.groups, device=device),
+            torch.tensor([True] * frozen + self.shared, device=device),
+            torch.tensor(self.open, dtype=torch.bool, device=device),
+        )
 
 
 class Packer:
@@ -97,29 +98,79 @@ class Packer:
         engine: of the base model; frozen chunk caches come from its store and are kept in it.
         kind: `cache-preserving` freezes prefix and chunks, `whole-model` trains on them.
         links: the link tokens; None trains without.
-        max_tokens: longest lesson; chunks beyond are left out, answers are cut.
+        max_tokens: longest lesson: chunks and answers beyond are cut.
+        max_answer: longest answer.
+        distill: share of the loss that is divergence from the base model's full prefill; 1 for
+            lessons that are made for it.
     """
 
     def __init__(
-        self, engine: KVLinkEngine, kind: AdapterKind, links: LinkTokens | None, max_tokens: int
+        self,
+        engine: KVLinkEngine,
+        kind: AdapterKind,
+        links: LinkTokens | None,
+        *,
+        max_tokens: int,
+        max_answer: int,
+        distill: float = 0.0,
     ) -> None:
         self.engine = engine
         self.kind = kind
         self.links = links
         self.max_tokens = max_tokens
+        self.max_answer = max_answer
+        self.distill = distill
         self.end = min(engine.stop_ids)
 
     def pack(self, lesson: Lesson) -> Pack:
         """The tokens of a lesson."""
         layout = self.engine.layout
-        turns = [layout.lay_out(t.question, with_chunks=bool(lesson.chunks)) for t in lesson.turns]
-        chunks = [layout.chunk(chunk) for chunk in lesson.chunks]
-        pack, start = self._context(turns[0].prefix, chunks, lesson.view)
-        for group, (parts, turn) in enumerate(zip(turns, lesson.turns, strict=True)):
-            room = self.max_tokens - start - len(parts.question)
-            answer = [*layout.encode_text(turn.answer), self.end][: max(room, 1)]
-            pack.add_turn(parts.question, answer, start, group)
+        chunks = self._cut([layout.chunk(chunk) for chunk in lesson.chunks])
+        prefix, turns = [], []
+        for turn in lesson.turns:
+            answer = [*layout.encode_text(turn.answer), self.end]
+            if turn.question:
+                parts = layout.lay_out(turn.question, with_chunks=bool(chunks))
+                prefix = parts.prefix
+                turns.append((parts.question, answer))
+            else:  # plain text: nothing around it
+                turns.append((answer[:1], answer[1:-1] or answer[1:]))
+        pack, start = self._context(prefix, chunks, lesson.view)
+        turns = [(asked, said[: self._room(start + len(asked))]) for asked, said in turns]
+        for group, (asked, said) in enumerate(turns):
+            pack.add_turn(asked, said, start, group)
+        pack.distill = 1.0 if lesson.distill else self.distill
+        if pack.distill:
+            context = [token for ids in (prefix, *chunks) for token in ids]
+            pack.teacher = torch.cat([self._teach(context, *turn) for turn in turns])
         return pack
+
+    def _room(self, tokens: int) -> int:
+        """Tokens that an answer behind so many may have."""
+        return max(min(self.max_answer, self.max_tokens - tokens), 1)
+
+    def _cut(self, chunks: list[list[int]]) -> list[list[int]]:
+        """Chunks that leave a quarter of the room for the rest."""
+        kept: list[list[int]] = []
+        tokens = 0
+        for ids in chunks:
+            tokens += len(ids)
+            if kept and tokens > self.max_tokens * 3 // 4:
+                break
+            kept.append(ids[: self.max_tokens * 3 // 4])
+        return kept
+
+    @torch.inference_mode()
+    def _teach(self, context: list[int], asked: list[int], said: list[int]) -> torch.Tensor:
+        """The base model's log-probabilities ``[answer, vocab]`` under full prefill."""
+        token_ids = [*context, *asked, *said[:-1]]
+        out = self.engine.model(
+            input_ids=torch.tensor([token_ids], device=self.engine.architecture.device),
+            use_cache=False,
+            logits_to_keep=len(said),
+        )
+        teacher: torch.Tensor = out.logits[0].float().log_softmax(-1).to(out.logits.dtype)
+        return teacher
 
     def _context(self, prefix: list[int], chunks: list[list[int]], view: str) -> tuple[Pack, int]:
         """Prefix, chunks and link tokens, and the position behind them."""
@@ -136,14 +187,14 @@ class Packer:
                 link_parts.append((more, start))
                 start += len(more)
         if self.kind == "cache-preserving":
-            pack = self._frozen(parts)
+            pack = self._frozen(parts, view)
         else:
             pack = self._trained(parts, view)
         for ids, place in link_parts:
             pack.add(ids, place)
         return pack, start
 
-    def _frozen(self, parts: list[tuple[list[int], int]]) -> Pack:
+    def _frozen(self, parts: list[tuple[list[int], int]], view: str) -> Pack:
         """Chunk caches from the store at their positions."""
         engine, a = self.engine, self.engine.architecture
         count = sum(len(ids) for ids, _ in parts)
@@ -154,7 +205,8 @@ class Packer:
         for place, (ids, start) in enumerate(parts):
             if not ids:
                 continue
-            record = engine.cache_of(ids, engine.behind if place else ())
+            # a context that one lesson sees whole will hardly be met again
+            record = engine.cache_of(ids, engine.behind if place else (), keep=view != "full")
             stop = len(pack.context) + len(ids)
             where = slice(len(pack.context), stop)
             positions = torch.arange(start, start + len(ids), device=a.device)

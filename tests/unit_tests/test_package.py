@@ -15,11 +15,11 @@ ROOT = Path(kvlink_rag.__file__).parent
 FLOORS = [
     {"errors", "chunk", "rope", "report", "progress"},
     {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
-    {"encode", "forward", "prefill", "load", "embeddings"},
+    {"adapter", "presets", "encode", "forward", "prefill", "load", "embeddings"},
     {"answer"},
     {"engine"},
     {"index_catalog", "index_vectors", "index_check", "index"},
-    {"evaluation", "documents", "ingest", "bench", "demo"},
+    {"evaluation", "training", "documents", "ingest", "bench", "demo"},
     {"cli", "__main__"},
 ]
 FRAMEWORKS = {"langchain", "langchain_core", "langchain_text_splitters", "llama_index"}
@@ -50,6 +50,8 @@ def part(path: Path) -> str:
 def test_all_is_pinned():
     assert kvlink_rag.__all__ == [
         "CHUNKS",
+        "Adapter",
+        "AdapterError",
         "AdapterRequiredError",
         "Answer",
         "AnswerStream",

@@ -79,6 +79,7 @@ class LazyEngine:
         return {
             "model_name": engine.name,
             "fingerprint": engine.fingerprint,
+            "adapter": engine.adapter and engine.adapter.fingerprint,
             "behind": engine.behind,
             "prompt": engine.layout.template,
             "engine_strategy": engine.strategy,
