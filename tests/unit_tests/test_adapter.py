@@ -52,6 +52,7 @@ class TestFiles:
         read = load_adapter(str(tmp_path / "deep" / "folder"))
         assert (read.kind, read.encode_behind, read.notes) == (kind, "header", made.notes)
         assert read.prompt == made.prompt
+        assert read.fingerprint == made.fingerprint
         assert read.name == str(tmp_path / "deep" / "folder")
         assert (read.links is None) == (layout is None)
         if read.links:
