@@ -83,7 +83,8 @@ class KVLinkEngine:
     ) -> None:
         self._monitor = FidelityMonitor(fidelity_rate, fidelity_limit)
         self.adapter = adapter
-        self._base, self._asked = model, (encode_behind, prompt)
+        self._base = model
+        self._chosen = (encode_behind, prompt)
         if adapter is not None:
             adapter.check_vocabulary(model, tokenizer)
         self.model, self.reader = adapter.apply(model) if adapter else (model, model)
@@ -192,23 +193,30 @@ class KVLinkEngine:
     def with_adapter(self, adapter: str | Path | Adapter | None) -> KVLinkEngine:
         """A twin with another adapter, or none, that shares the base model's weights and the store.
 
+        What this engine was given as ``encode_behind`` and ``prompt`` stays; what it was not given
+        is the other adapter's.
+
         Raises:
             AdapterError: as :meth:`from_pretrained`.
         """
-        return KVLinkEngine(
-            self._base,
-            self.tokenizer,
-            name=self.name,
-            store=self.store,
-            strategy=self.strategy if self.strategy != "link" else "reuse",
-            adapter=None if adapter is None else load_adapter(adapter),
-            encode_behind=self._asked[0],
-            prompt=self._asked[1],
-            recompute_tokens=self.recompute_tokens,
-            recompute_by=self.recompute_by,
-            fidelity_rate=self._monitor.rate,
-            fidelity_limit=self._monitor.limit,
-        )
+        encode_behind, prompt = self._chosen
+        with self._model_lock:  # forward passes set attention and masks of the base model
+            twin = KVLinkEngine(
+                self._base,
+                self.tokenizer,
+                name=self.name,
+                store=self.store,
+                strategy=self.strategy if self.strategy != "link" else "reuse",
+                adapter=None if adapter is None else load_adapter(adapter),
+                encode_behind=encode_behind,
+                recompute_tokens=self.recompute_tokens,
+                recompute_by=self.recompute_by,
+                prompt=prompt,
+                fidelity_rate=self._monitor.rate,
+                fidelity_limit=self._monitor.limit,
+            )
+        twin._model_lock = self._model_lock
+        return twin
 
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
         """The store's keys of chunks, in order."""
