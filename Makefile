@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/kvlink demo
 
 test: lint
-	@$(BIN)/python -m pytest --cov --cov-report=term
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from transformers import PreTrainedModel
 
 from kvlink_rag import Adapter, KVLinkEngine, PromptTemplate
 from kvlink_rag.adapter import AdapterKind, BaseModel, LinkLayout, LinkTokens, add_lora
@@ -103,9 +104,9 @@ class Reference(tiny.Reference):
     and answer for a cache-preserving one.
     """
 
-    def __init__(self, prefill: Prefill, name: str, trained: Adapter) -> None:
+    def __init__(self, prefill: Prefill, base: str | PreTrainedModel, trained: Adapter) -> None:
         super().__init__(prefill)
-        self.model = tiny.model(name)
+        self.model = tiny.model(base) if isinstance(base, str) else base
         self.trained = trained
         self.tuned = [trained.kind == "whole-model"] * len(self.nodes)
         for segment in prefill.segments:
@@ -126,7 +127,7 @@ class Reference(tiny.Reference):
     def _embed(self, token: int, table: Any) -> torch.Tensor:
         link = self.trained.links
         if link is not None and link.embeddings is not None and token >= table.num_embeddings:
-            return link.embeddings[token - table.num_embeddings]
+            return link.embeddings[token - table.num_embeddings].float()
         return table(torch.tensor(token))
 
     def all_logits(self) -> torch.Tensor:
@@ -144,7 +145,7 @@ def _lora(model: Any, trained: Adapter, tuned: torch.Tensor) -> Iterator[None]:
 
     def add(a: torch.Tensor, b: torch.Tensor) -> Any:
         def hook(_: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-            return out + tuned[None, :, None] * scale * (args[0] @ a.T @ b.T)
+            return out + tuned[None, :, None] * scale * (args[0] @ a.T.float() @ b.T.float())
 
         return hook
 
