@@ -80,8 +80,8 @@ class Lessons(Sequence[Lesson]):
     def __init__(self, settings: TrainSettings, count: int, held_out: bool = False) -> None:
         self._settings = settings
         rng = random.Random(settings.seed)
-        sources = [_read(Path(path), held_out) for path in settings.data]
-        weights = list(settings.data.values())
+        paths, weights = zip(*sorted(settings.data.items()), strict=True)
+        sources = [_read(Path(path), held_out) for path in paths]
         picks = rng.choices(range(len(sources)), weights, k=count)
         turns = [_endless(len(rows), random.Random(f"{settings.seed}-{i}"))
                  for i, (rows, _) in enumerate(sources)]  # fmt: skip
@@ -96,8 +96,8 @@ class Lessons(Sequence[Lesson]):
         lesson = make(rows, index, rng, self._settings)
         if not lesson.chunks:
             return lesson
-        views = self._settings.views
-        return replace(lesson, view=rng.choices(list(views), list(views.values()))[0])
+        views, weights = zip(*sorted(self._settings.views.items()), strict=True)
+        return replace(lesson, view=rng.choices(views, weights)[0])
 
 
 Maker = Callable[[Sequence[Row], int, random.Random, TrainSettings], Lesson]

@@ -289,6 +289,18 @@ def test_same_settings_give_the_same_lessons_in_any_order_of_access(tmp_path, ki
     assert list(Lessons(settings(path, seed=4), 40)) != expected
 
 
+def test_the_order_of_entries_in_settings_changes_nothing(tmp_path):
+    paths = [
+        write(tmp_path / f"{kind}.jsonl", [KINDS[kind](n) for n in range(60)])
+        for kind in ("question", "text")
+    ]
+    views = {"link": 0.6, "reuse": 0.4}
+    one = settings(dict.fromkeys(paths, 1.0), views=views)
+    other = settings(dict.fromkeys(paths[::-1], 1.0), views=dict(reversed(views.items())))
+    assert one == other
+    assert list(Lessons(one, 30)) == list(Lessons(other, 30))
+
+
 def test_all_rows_come_before_one_comes_again(tmp_path):
     path = write(tmp_path / "i.jsonl", [instruction(n) for n in range(50)])
     lessons = [rows_of(lesson) for lesson in Lessons(settings(path), 90)]
