@@ -198,7 +198,7 @@ def _arguments(settings: TrainSettings, out: Path, engine: KVLinkEngine) -> Trai
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(settings.warmup * settings.steps)),
+        warmup_steps=round(settings.warmup * settings.steps),
         weight_decay=0.0,
         bf16=engine.architecture.dtype == torch.bfloat16,
         fp16=engine.architecture.dtype == torch.float16,

@@ -40,7 +40,7 @@ class TrainSettings:
         max_answer: most tokens of an answer that are learnt.
         steps: optimiser steps.
         batch: lessons in a forward pass.
-        accumulate: forward passes in a step.
+        accumulate: forward passes in a step. Each weighs the same, and in each every question.
         learning_rate: of the LoRA, after warm-up, falling to 0 as a cosine.
         link_learning_rate: of the link tokens' embeddings.
         warmup: share of the steps.
@@ -149,7 +149,7 @@ class TrainSettings:
         if not self.links and self.views.get("link"):
             raise InputError(
                 "views: without link tokens (links 0) nothing can be read linked; give views "
-                "without link"
+                "without link, in a file of settings (--config)"
             )
         if self.links and not self.views.get("link"):
             raise InputError(
