@@ -33,6 +33,10 @@ chunk with the same embeddings everywhere, or all behind the last chunk."""
 FORMAT = 1
 SETTINGS = "kvlink.json"
 LINKS = "links.safetensors"
+LORA_CONFIG = "adapter_config.json"
+LORA = "adapter_model.safetensors"
+_PEFT = "base_model.model."
+"""What peft puts before a weight's name in its files."""
 SHIPPED = Path(__file__).parent / "adapters"
 """Adapters that come with the package, a folder each."""
 
@@ -138,7 +142,9 @@ class BaseModel:
                     f"{trained} ({key} {size}), and the model has {key} {other.sizes.get(key)}: "
                     "load that model, or train an adapter for this one (kvlink train)"
                 )
-        difference = float((other.sample - self.sample).norm() / self.sample.norm())
+        difference = float("inf")
+        if other.sample.shape == self.sample.shape:
+            difference = float((other.sample - self.sample).norm() / self.sample.norm())
         if not difference <= SAME_WEIGHTS:
             raise AdapterError(
                 f"{trained}, and the model has other weights (relative difference "
@@ -186,15 +192,34 @@ class Adapter:
         """
         if self.base is not None:
             self.base.check(model, self.name)
+        self._check_links(model)
         if self.lora_config is None:
             return model, model
-        reader = add_lora(model, self.lora_config)
-        self._load_lora(reader)
+        try:
+            reader = add_lora(model, self.lora_config)
+            self._load_lora(reader)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise AdapterError(
+                f"the LoRA of adapter {self.name!r} does not fit the model ({error}): get it anew, "
+                "or train an adapter for this model"
+            ) from error
         if self.kind == "cache-preserving":
             return model, reader
         for layer in lora_layers(reader):
             layer.merge(safe_merge=True)  # into new weights: the shared ones stay as they are
         return reader, reader
+
+    def _check_links(self, model: PreTrainedModel) -> None:
+        if self.links is None or self.links.embeddings is None:
+            return
+        table: Any = model.get_input_embeddings()
+        hidden, width = table.weight.shape[1], self.links.embeddings.shape[1]
+        if width != hidden or self.links.first_id < table.weight.shape[0]:
+            raise AdapterError(
+                f"the link tokens of adapter {self.name!r} (ids from {self.links.first_id}, size "
+                f"{width}) do not fit the model (vocabulary {table.weight.shape[0]}, size "
+                f"{hidden}): load the model it was trained for, or train an adapter for this one"
+            )
 
     def check_vocabulary(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a model that lacks the special tokens of its own that the adapter needs.
@@ -240,8 +265,7 @@ class Adapter:
         result: Any = set_peft_model_state_dict(reader, dict(self.lora_weights))
         missing = [key for key in result.missing_keys if "lora_" in key]
         if result.unexpected_keys or missing:
-            raise AdapterError(
-                f"the LoRA of adapter {self.name!r} does not fit the model: "
+            raise ValueError(
                 f"{len(result.unexpected_keys)} weights too many, {len(missing)} missing"
             )
 
@@ -255,10 +279,15 @@ class Adapter:
             tensors["base_sample"] = self.base.sample
         save_file(tensors, folder / LINKS)
         if self.lora_config is not None:
-            weights = {k: w.detach().cpu().contiguous() for k, w in self.lora_weights.items()}
-            save_file(weights, folder / "adapter_model.safetensors")
+            weights = {
+                _PEFT + k: w.detach().cpu().contiguous() for k, w in self.lora_weights.items()
+            }
+            save_file(weights, folder / LORA)
             text = json.dumps(dict(self.lora_config), indent=2, sort_keys=True, default=_plain)
-            (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+            (folder / LORA_CONFIG).write_text(text + "\n", encoding="utf-8")
+        else:
+            (folder / LORA_CONFIG).unlink(missing_ok=True)
+            (folder / LORA).unlink(missing_ok=True)
         text = json.dumps(self._settings(), indent=2, ensure_ascii=False, default=_plain)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
@@ -322,16 +351,17 @@ def _read(folder: Path, name: str) -> Adapter:
         raise ValueError(f"format {settings['format']}, this version reads {FORMAT}")
     if settings["kind"] not in get_args(AdapterKind):
         raise ValueError(f"kind {settings['kind']!r}")
+    if settings["encode_behind"] not in get_args(EncodeBehind):
+        raise ValueError(f"encode_behind {settings['encode_behind']!r}")
     tensors = load_file(folder / LINKS)
-    links = settings["links"] and LinkTokens(
-        **settings["links"], embeddings=tensors.get("embeddings")
-    )
+    links = _read_links(settings["links"], tensors.get("embeddings"))
     before, behind = settings.get("around", ((), ()))  # adapters without marks may leave it out
     base = settings["base"] and BaseModel(**settings["base"], sample=tensors["base_sample"])
     lora_config, lora_weights = None, {}
-    if (folder / "adapter_config.json").is_file():
-        lora_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        lora_weights = load_file(folder / "adapter_model.safetensors")
+    if (folder / LORA_CONFIG).is_file():
+        lora_config = dict(json.loads((folder / LORA_CONFIG).read_text(encoding="utf-8")))
+        named = load_file(folder / LORA)
+        lora_weights = {name.removeprefix(_PEFT): weight for name, weight in named.items()}
     return Adapter(
         kind=settings["kind"],
         links=links,
@@ -344,6 +374,19 @@ def _read(folder: Path, name: str) -> Adapter:
         notes=settings["notes"],
         name=name,
     )
+
+
+def _read_links(
+    settings: dict[str, Any] | None, embeddings: torch.Tensor | None
+) -> LinkTokens | None:
+    if settings is None:
+        return None
+    links = LinkTokens(**settings, embeddings=embeddings)
+    if links.layout not in get_args(LinkLayout):
+        raise ValueError(f"layout {links.layout!r}")
+    if embeddings is not None and embeddings.shape[0] != links.size:
+        raise ValueError(f"{embeddings.shape[0]} embeddings for {links.size} link tokens")
+    return links
 
 
 def add_lora(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedModel:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvlink_rag.chunk import Chunk
 from kvlink_rag.conversation import Message
 from kvlink_rag.generate import GenerateSettings, Sampler, TextStream
-from kvlink_rag.prefill import Strategy
+from kvlink_rag.prefill import Prefill, RecomputeBy, Strategy
 from kvlink_rag.report import Report, Stopwatch
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Request:
     chunks: list[Chunk]
     strategy: Strategy
     recompute: int
+    recompute_by: RecomputeBy = "first"
     tools: Sequence[Mapping[str, Any]] = ()
 
 
@@ -103,6 +104,9 @@ class AnswerStream:
         engine, settings, watch = self._engine, self._settings, Stopwatch()
         prefill, computed = engine._prefill(self._request, settings.max_new_tokens, watch)
         self.report = report = prefill.report
+        checked = engine._to_check(self._request)
+        if checked and engine._monitor.limit is not None:
+            prefill = self._check(prefill, watch)
         sampler = Sampler(settings, engine.architecture.device)
         token = sampler.choose(prefill.logits)
         report.sample_s, report.ttft_s = watch.lap(), watch.laps()
@@ -117,6 +121,24 @@ class AnswerStream:
         yield from filter(None, pieces)
         report.new_tokens = len(self.token_ids)
         report.total_s = watch.total()
+        if checked and engine._monitor.limit is None:  # every piece is out, none waits for it
+            report.fidelity, _ = engine._compare(self._request, prefill, 0)
+            engine._monitor.count(report.fidelity, fell_back=False)
+            report.after_s = watch.total() - report.total_s
+
+    def _check(self, prefill: Prefill, watch: Stopwatch) -> Prefill:
+        """What the answer goes on from: full prefill where the strategy is too far from it."""
+        engine, report = self._engine, prefill.report
+        found, full = engine._compare(self._request, prefill, self._settings.max_new_tokens)
+        report.fidelity, report.fell_back = found, engine._monitor.too_far(found)
+        engine._monitor.count(found, fell_back=report.fell_back)
+        report.computed_tokens += full.report.computed_tokens
+        report.fidelity_s = watch.lap()
+        if not report.fell_back:
+            return prefill
+        report.strategy, report.reused_tokens = full.report.strategy, 0
+        report.context_tokens = full.report.context_tokens  # no link tokens among them
+        return replace(full, report=report)
 
     def _text_pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         """One piece a token (may be empty), then what was held back."""

@@ -25,17 +25,26 @@ def fast_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model that uses torch's attention use this one meanwhile.
 
     Only for forward passes in which every cached token lies at its position and nothing is padded
-    on the left. Hold the model's lock: the setting is the model's, not the thread's.
+    on the left. Hold the model's lock.
+    """
+    own = model.get_decoder().config._attn_implementation
+    with use_attention(model, NAME if own == "sdpa" else own):
+        yield
+
+
+@contextmanager
+def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let a model use another attention implementation meanwhile.
+
+    Hold the model's lock: the setting is the model's, not the thread's.
     """
     config = model.get_decoder().config
-    if config._attn_implementation != "sdpa":
-        yield
-        return
-    config._attn_implementation = NAME
+    own = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = own
 
 
 def attend(

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -104,6 +105,10 @@ def index(
         int | None,
         typer.Option(help="Most tokens repeated from the chunk before. Default: as before, or 32."),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Folder or name of an adapter. Default: as before, or none."),
+    ] = None,
 ) -> None:
     """Bring an index up to date: index what changed, remove what vanished."""
     _prepare()
@@ -116,10 +121,11 @@ def index(
     if is_index(out):
         catalog = IndexCatalog(out)
         recorded = catalog.sources()
-        names = ("model", "model_name", "chunk_tokens", "overlap")
+        names = ("model", "model_name", "chunk_tokens", "overlap", "adapter")
         known = {name: value for name in names if (value := catalog.meta(name))}
         catalog.close()
-    splitting = _splitting(out, known, model, chunk_tokens, overlap)
+    adapter = _absolute(adapter) if adapter is not None else known.get("adapter", "")
+    splitting = replace(_splitting(out, known, model, chunk_tokens, overlap), adapter=adapter)
     plan = make_plan(paths, recorded, splitting)
     if not recorded and not plan.changed:
         _list_skipped(plan.skipped)
@@ -136,8 +142,7 @@ def _splitting(
     from kvlink_rag.models import DEFAULT_MODEL
 
     before = known.get("model") or known.get("model_name")
-    if model is not None and Path(model).expanduser().exists():
-        model = os.path.abspath(Path(model).expanduser())  # the index may be used from anywhere
+    model = model and _absolute(model)
     if model and before and model != before:
         raise IndexMismatchError(
             f"{out} was made with the model {before}: leave --model out, or index into another "
@@ -150,19 +155,37 @@ def _splitting(
     )
 
 
+def _absolute(name: str) -> str:
+    """A path that exists, from the root on: the index may be used from anywhere. Else the name."""
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if name and path.exists() else name
+
+
 def _update(out: Path, plan: Plan, splitting: Splitting) -> Summary:
     """Carry a plan out; the model is loaded only when there is something to do."""
     from kvlink_rag.ingest import Summary, carry_out, settle
 
     if plan.nothing_to_do:
         settle(out)
+        _remember_adapter(out, splitting.adapter)
         return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped)
     from kvlink_rag.index import KVIndex
 
-    with KVIndex.open(out, _engine(splitting.model)) as opened:
+    with KVIndex.open(out, _engine(splitting.model, splitting.adapter)) as opened:
         settings = {"chunk_tokens": str(splitting.tokens), "overlap": str(splitting.overlap)}
-        opened.catalog.set_meta({"model": splitting.model, **settings})
+        settings |= {"model": splitting.model, "adapter": splitting.adapter}
+        opened.catalog.set_meta(settings)
         return carry_out(plan, opened, splitting)
+
+
+def _remember_adapter(out: Path, adapter: str) -> None:
+    """Another adapter for the same caches; all else of a plan's settings means work to do."""
+    from kvlink_rag.index_catalog import IndexCatalog
+
+    catalog = IndexCatalog(out)
+    if (catalog.meta("adapter") or "") != adapter:
+        catalog.set_meta({"adapter": adapter})
+    catalog.close()
 
 
 @app.command()
@@ -171,8 +194,13 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     k: Annotated[int, typer.Option("-k", help="How many chunks to answer from.")] = 4,
     strategy: Annotated[
-        Strategy, typer.Option(help="How the chunks get into the model.")
-    ] = "reuse",
+        Strategy | None,
+        typer.Option(help="How the chunks get into the model. Default: link with an adapter."),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Folder or name of an adapter. Default: the index' own, or none."),
+    ] = None,
     stream: Annotated[bool, typer.Option(help="Print the answer while it is being made.")] = True,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 128,
     system: Annotated[str | None, typer.Option(help="Another system prompt.")] = None,
@@ -185,6 +213,7 @@ def ask(
 
     catalog = IndexCatalog(folder)
     model = catalog.meta("model") or catalog.meta("model_name") or DEFAULT_MODEL
+    adapter = catalog.meta("adapter") or "" if adapter is None else adapter
     empty = len(catalog) == 0
     catalog.close()
     if empty:
@@ -192,7 +221,10 @@ def ask(
 
     from kvlink_rag.index import KVIndex
 
-    with KVIndex.open(folder, _engine(model)) as opened:
+    with KVIndex.open(folder, _engine(model, adapter)) as opened:
+        loaded = opened.engine.adapter
+        if strategy is None:
+            strategy = "link" if loaded is not None and loaded.links else "reuse"
         chunks = opened.search(question, k)
         answer = opened.engine.stream(
             question,
@@ -307,6 +339,103 @@ def train(
     typer.echo(f"written: {out} (adapter), {out / 'loss.png'}; use it: adapter={str(out)!r}")
 
 
+@app.command("eval")
+def evaluate(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for answers and results; a run goes on.")
+    ] = Path("eval-results"),
+    model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Questions: a .jsonl file or a set's name, repeatable. Default: 5 sets."),
+    ] = None,
+    strategies: Annotated[
+        str | None, typer.Option(help="Of none,full,reuse,recompute,link. Default: all but none.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Folder or name of an adapter, repeatable.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with rows, sets and settings of its own.")
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(help="The first so many of each set. Default: all.")
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(help="Documents a question, the gold ones first. Default: all.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="The longest answer. Default: 32, summaries 128.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the distractors. Default: 0.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Row to compare with. Default: full without adapter.")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help='Perplexity of {"text"} lines, adapters on against off; repeatable.'),
+    ] = None,
+    instructions: Annotated[
+        list[str] | None, typer.Option(help='The same of {"messages"} lines; repeatable.')
+    ] = None,
+    shard: Annotated[str, typer.Option(help="Answer only every n-th question: i/n.")] = "0/1",
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="Only make the table of what is in the folder.")
+    ] = False,
+) -> None:
+    """Answers of every strategy and adapter to the same questions, scored with intervals."""
+    _prepare()
+    if not table_only:
+        given = {
+            "model": model,
+            "sets": data,
+            "questions": questions,
+            "chunks": chunks,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "reference": reference,
+            "text": text,
+            "instructions": instructions,
+        }
+        _evaluate(out, given, strategies, adapter, config, shard)
+    from kvlink_rag.evaluation.table import write
+
+    typer.echo(write(out))
+    typer.echo(f"written: {out / 'results.json'}, {out / 'results.md'}")
+
+
+def _evaluate(
+    out: Path,
+    given: dict[str, Any],
+    strategies: str | None,
+    adapters: list[str] | None,
+    config: Path | None,
+    shard: str,
+) -> None:
+    """Options given on the command line stand above the configuration's."""
+    from kvlink_rag.evaluation.data import QA_SETS, find_set
+    from kvlink_rag.evaluation.journal import parse_shard
+    from kvlink_rag.evaluation.plan import make_rows, plan_of, read_plan
+
+    settings = read_plan(config) if config else {}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if "rows" in settings and (strategies or adapters):
+        raise InputError(f"{config} has rows: leave --strategies and --adapter out")
+    if "rows" not in settings:
+        default = "full,reuse,recompute" + (",link" if adapters else "")
+        names = [name.strip() for name in (strategies or default).split(",")]
+        settings["rows"] = list(make_rows(names, adapters or []))
+    if not any(settings.get(name) for name in ("sets", "text", "instructions")):
+        settings["sets"] = list(QA_SETS)
+    plan, part = plan_of(settings), parse_shard(shard)
+    for name in plan.sets:  # before the model is loaded
+        find_set(name)
+
+    from kvlink_rag.evaluation.run import evaluate
+
+    evaluate(plan, _engine(plan.model), out, shard=part)
+
+
 @store_app.command()
 def stat(folder: Folder) -> None:
     """Count chunks, caches and bytes."""
@@ -359,12 +488,12 @@ def prune(folder: Folder) -> None:
     typer.echo(f"{check.checked} checked, {sum(map(len, kinds))} removed")
 
 
-def _engine(model: str) -> KVLinkEngine:
+def _engine(model: str, adapter: str = "") -> KVLinkEngine:
     from kvlink_rag.engine import KVLinkEngine
     from kvlink_rag.progress import quiet_libraries
 
     quiet_libraries()
-    return KVLinkEngine.from_pretrained(model)
+    return KVLinkEngine.from_pretrained(model, adapter=adapter or None)
 
 
 @contextmanager

@@ -22,11 +22,12 @@ from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
 from kvlink_rag.conversation import Message, as_messages
 from kvlink_rag.encode import Encoder
 from kvlink_rag.errors import AdapterRequiredError, InputError, KVLinkWarning, StoreError
+from kvlink_rag.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
 from kvlink_rag.forward import run_at, run_behind
 from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
 from kvlink_rag.link import ContextCache
 from kvlink_rag.load import Source, load
-from kvlink_rag.prefill import Prefill, Segment, SegmentKind, Strategy
+from kvlink_rag.prefill import Prefill, RecomputeBy, Segment, SegmentKind, Strategy
 from kvlink_rag.progress import bar
 from kvlink_rag.prompt import (
     DEFAULT_BEHIND,
@@ -35,6 +36,7 @@ from kvlink_rag.prompt import (
     PromptParts,
     PromptTemplate,
 )
+from kvlink_rag.relevance import attention_paid
 from kvlink_rag.report import IndexReport, Report, Stopwatch
 from kvlink_rag.store import KVStore, open_store
 
@@ -74,10 +76,15 @@ class KVLinkEngine:
         adapter: Adapter | None = None,
         encode_behind: EncodeBehind | None = None,
         recompute_tokens: int = 16,
+        recompute_by: RecomputeBy = "first",
         prompt: PromptTemplate | None = None,
+        fidelity_rate: float = 0.0,
+        fidelity_limit: float | None = None,
     ) -> None:
+        self._monitor = FidelityMonitor(fidelity_rate, fidelity_limit)
         self.adapter = adapter
         self._base = model
+        self._chosen = (encode_behind, prompt)
         if adapter is not None:
             adapter.check_vocabulary(model, tokenizer)
         self.model, self.reader = adapter.apply(model) if adapter else (model, model)
@@ -95,6 +102,7 @@ class KVLinkEngine:
         self.behind = tuple(self.layout.behind(encode_behind))
         self.strategy = _check_strategy(strategy, adapter)
         self.recompute_tokens = recompute_tokens
+        self.recompute_by = _check_recompute_by(recompute_by)
         self._encoder = Encoder(self.model, self.architecture)
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self.stop_ids = stop_ids(model, tokenizer)
@@ -112,7 +120,10 @@ class KVLinkEngine:
         dtype: str | torch.dtype = "auto",
         encode_behind: EncodeBehind | None = None,
         recompute_tokens: int = 16,
+        recompute_by: RecomputeBy = "first",
         prompt: PromptTemplate | None = None,
+        fidelity_rate: float = 0.0,
+        fidelity_limit: float | None = None,
     ) -> KVLinkEngine:
         """Load a model and check that chunk caches are exact for it.
 
@@ -131,8 +142,17 @@ class KVLinkEngine:
                 bare chat `header`, or `alone`. Part of a cache's identity. None of them changes
                 with the system prompt of a question. None takes what the adapter was trained with,
                 else `system`.
-            recompute_tokens: with `recompute`, how many first tokens of each chunk.
+            recompute_tokens: with `recompute`, how many tokens of each chunk.
+            recompute_by: with `recompute`, which: the `first` of each chunk, or those that the
+                `question` attends to most, ``recompute_tokens`` a chunk on average; this costs one
+                more forward pass over the question.
             prompt: the words around chunks and question; None takes the adapter's.
+            fidelity_rate: share of the answers, 0 ... 1, chosen at random, that are compared with
+                full prefill (:class:`kvlink_rag.fidelity.Fidelity`): in ``report.fidelity`` and
+                :attr:`fidelity_stats`. After the answer, unless there is a limit. Answers with
+                strategy `full` or without chunks are never checked.
+            fidelity_limit: divergence from full prefill (KL, nats) above which a checked answer is
+                that of full prefill instead. The check then comes before the first token.
 
         Raises:
             ModelNotFoundError, UnsupportedModelError, StoreError, InputError, AdapterError,
@@ -150,7 +170,10 @@ class KVLinkEngine:
             adapter=trained,
             encode_behind=encode_behind,
             recompute_tokens=recompute_tokens,
+            recompute_by=recompute_by,
             prompt=prompt,
+            fidelity_rate=fidelity_rate,
+            fidelity_limit=fidelity_limit,
         )
 
     @property
@@ -159,7 +182,10 @@ class KVLinkEngine:
         return self.architecture.fingerprint
 
     def with_store(self, store: str | Path | KVStore | None) -> KVLinkEngine:
-        """A twin that shares the model and keeps its caches in another store."""
+        """A twin that shares the model and keeps its caches in another store.
+
+        Answers of both count in the same :attr:`fidelity_stats`.
+        """
         twin = copy.copy(self)
         twin.store = open_store(store)
         return twin
@@ -167,18 +193,30 @@ class KVLinkEngine:
     def with_adapter(self, adapter: str | Path | Adapter | None) -> KVLinkEngine:
         """A twin with another adapter, or none, that shares the base model's weights and the store.
 
+        What this engine was given as ``encode_behind`` and ``prompt`` stays; what it was not given
+        is the other adapter's.
+
         Raises:
             AdapterError: as :meth:`from_pretrained`.
         """
-        return KVLinkEngine(
-            self._base,
-            self.tokenizer,
-            name=self.name,
-            store=self.store,
-            strategy=self.strategy if self.strategy != "link" else "reuse",
-            adapter=None if adapter is None else load_adapter(adapter),
-            recompute_tokens=self.recompute_tokens,
-        )
+        encode_behind, prompt = self._chosen
+        with self._model_lock:  # forward passes set attention and masks of the base model
+            twin = KVLinkEngine(
+                self._base,
+                self.tokenizer,
+                name=self.name,
+                store=self.store,
+                strategy=self.strategy if self.strategy != "link" else "reuse",
+                adapter=None if adapter is None else load_adapter(adapter),
+                encode_behind=encode_behind,
+                recompute_tokens=self.recompute_tokens,
+                recompute_by=self.recompute_by,
+                prompt=prompt,
+                fidelity_rate=self._monitor.rate,
+                fidelity_limit=self._monitor.limit,
+            )
+        twin._model_lock = self._model_lock
+        return twin
 
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
         """The store's keys of chunks, in order."""
@@ -277,6 +315,7 @@ class KVLinkEngine:
         strategy: Strategy | None = None,
         system: str | None = None,
         recompute_tokens: int | None = None,
+        recompute_by: RecomputeBy | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> Prefill:
         """Everything up to the logits of the first answer token.
@@ -286,7 +325,9 @@ class KVLinkEngine:
         Raises:
             InputError, AdapterRequiredError: as :meth:`answer`.
         """
-        request = self._request(question, chunks, strategy, system, recompute_tokens, tools)
+        request = self._request(
+            question, chunks, strategy, system, recompute_tokens, recompute_by, tools
+        )
         prefill, computed = self._prefill(request, 0, Stopwatch())
         self._keep(computed)
         return prefill
@@ -298,6 +339,7 @@ class KVLinkEngine:
         strategy: Strategy | None,
         system: str | None,
         recompute_tokens: int | None,
+        recompute_by: RecomputeBy | None,
         tools: Sequence[Mapping[str, Any]],
     ) -> Request:
         recompute = self.recompute_tokens if recompute_tokens is None else recompute_tokens
@@ -305,7 +347,8 @@ class KVLinkEngine:
             raise InputError(f"recompute_tokens must be 0 or more, not {recompute}")
         messages = as_messages(question, system)
         chosen = _check_strategy(strategy or self.strategy, self.adapter)
-        return Request(messages, as_chunks(chunks), chosen, recompute, tools)
+        by = _check_recompute_by(recompute_by or self.recompute_by)
+        return Request(messages, as_chunks(chunks), chosen, recompute, by, tools)
 
     def _prefill(
         self, request: Request, new_tokens: int, watch: Stopwatch
@@ -324,8 +367,10 @@ class KVLinkEngine:
             if not around.lasting:  # a conversation goes on: nobody will ask for this prefix again
                 computed = [c for c in computed if c[0].token_ids != tuple(around.prefix)]
         links = self._links(request)
-        context, rest = _active_positions(segments, request.strategy)
         with self._model_lock:
+            if request.strategy == "recompute" and request.recompute_by == "question":
+                segments = self._most_attended(request, token_ids, segments, cache, report)
+            context, rest = _active_positions(segments, request.strategy)
             logits = self._forward(cache, token_ids, context, rest, links)
         report.forward_s = watch.lap()
         report.computed_tokens += len(context) + len(rest)
@@ -352,10 +397,11 @@ class KVLinkEngine:
             start, stop = len(token_ids), len(token_ids) + len(ids)
             token_ids += ids
             if kind == "chunk" and request.strategy != "full":
-                view = min(request.recompute, len(ids)) if request.strategy == "recompute" else 0
+                first = request.strategy == "recompute" and request.recompute_by == "first"
+                view = range(min(request.recompute, len(ids)) if first else 0)
                 segments.append(Segment(kind, start, stop, slot, self.behind, view))
             else:
-                segments.append(Segment(kind, start, stop, slot, full_view=len(ids)))
+                segments.append(Segment(kind, start, stop, slot, full_view=range(len(ids))))
         return token_ids, segments
 
     def _parts(
@@ -411,6 +457,34 @@ class KVLinkEngine:
             if chunk.id is not None:
                 owners.setdefault(text, []).append(chunk.id)
         return [(record, owners.get(record.token_ids, [])) for record in computed.values()]
+
+    def _most_attended(
+        self,
+        request: Request,
+        token_ids: list[int],
+        segments: list[Segment],
+        cache: ContextCache,
+        report: Report,
+    ) -> list[Segment]:
+        """The segments, with those tokens of chunks in full view that the question attends to most.
+
+        Args:
+            cache: the linked context, up to the question.
+        """
+        places = [p for s in segments if s.kind == "chunk" for p in range(s.start, s.stop)]
+        budget = min(request.recompute * len(request.chunks), len(places))
+        chosen = set(places[:budget])
+        if 0 < budget < len(places):  # else none or all, and nothing to measure
+            question = token_ids[segments[-1].start :]
+            paid = attention_paid(self.reader, cache, question)[places]
+            report.computed_tokens += len(question)
+            chosen = {places[i] for i in paid.topk(budget).indices.tolist()}
+        return [
+            replace(s, full_view=tuple(i for i in range(s.stop - s.start) if s.start + i in chosen))
+            if s.kind == "chunk"
+            else s
+            for s in segments
+        ]
 
     def _load(self, wanted: Iterable[_Wanted]) -> dict[_Wanted, ChunkKV | None]:
         """Records from the store, compared with what was asked for: no digest is trusted alone."""
@@ -500,6 +574,7 @@ class KVLinkEngine:
         strategy: Strategy | None = None,
         system: str | None = None,
         recompute_tokens: int | None = None,
+        recompute_by: RecomputeBy | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         **settings: Any,
     ) -> AnswerStream:
@@ -507,7 +582,9 @@ class KVLinkEngine:
 
         Arguments and errors as :meth:`answer`. Also an async iterator.
         """
-        request = self._request(question, chunks, strategy, system, recompute_tokens, tools)
+        request = self._request(
+            question, chunks, strategy, system, recompute_tokens, recompute_by, tools
+        )
         return AnswerStream(self, request, _settings(settings))
 
     def answer(
@@ -518,6 +595,7 @@ class KVLinkEngine:
         strategy: Strategy | None = None,
         system: str | None = None,
         recompute_tokens: int | None = None,
+        recompute_by: RecomputeBy | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         **settings: Any,
     ) -> Answer:
@@ -530,7 +608,7 @@ class KVLinkEngine:
             chunks: may be empty; what is not in the store is computed in place and stored.
             strategy: overrides the engine's.
             system: replaces the model's default system prompt; caches stay usable.
-            recompute_tokens: overrides the engine's.
+            recompute_tokens, recompute_by: override the engine's.
             tools: JSON schemas of functions that the model may call, if its chat template shows
                 tools (``engine.layout.supports_tools``); its calls are part of the text.
             settings: ``max_new_tokens``, ``temperature``, ``top_p``, ``stop``, ``seed``
@@ -547,12 +625,54 @@ class KVLinkEngine:
             strategy=strategy,
             system=system,
             recompute_tokens=recompute_tokens,
+            recompute_by=recompute_by,
             tools=tools,
             **settings,
         )
         for _ in stream:
             pass
         return stream.answer
+
+    # Fidelity
+
+    @property
+    def fidelity_stats(self) -> FidelityStats:
+        """What the checks of answers (``fidelity_rate``) have found so far."""
+        return self._monitor.stats
+
+    def fidelity(
+        self,
+        question: str | Sequence[Message],
+        chunks: Iterable[str | Chunk],
+        *,
+        strategy: Strategy | None = None,
+        system: str | None = None,
+        recompute_tokens: int | None = None,
+        recompute_by: RecomputeBy | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Fidelity:
+        """How far a strategy's first-token distribution is from that of full prefill.
+
+        Both with the same adapter; the full prompt has no link tokens or marks. Not part of
+        :attr:`fidelity_stats`. Arguments and errors as :meth:`prefill`.
+        """
+        request = self._request(
+            question, chunks, strategy, system, recompute_tokens, recompute_by, tools
+        )
+        prefill, computed = self._prefill(request, 0, Stopwatch())
+        self._keep(computed)
+        return self._compare(request, prefill, 0)[0]
+
+    def _to_check(self, request: Request) -> bool:
+        """Whether this answer is one of those that are compared with full prefill."""
+        return request.strategy != "full" and bool(request.chunks) and self._monitor.choose()
+
+    def _compare(
+        self, request: Request, prefill: Prefill, new_tokens: int
+    ) -> tuple[Fidelity, Prefill]:
+        """A prefill's fidelity, and the full prefill of the same request."""
+        full, _ = self._prefill(replace(request, strategy="full"), new_tokens, Stopwatch())
+        return compare(full.logits, prefill.logits), full
 
     def _tokens(self, prefill: Prefill, sampler: Sampler, first: int, count: int) -> Iterator[int]:
         """The first token, then up to ``count - 1`` more, ending with an end token."""
@@ -577,6 +697,12 @@ class KVLinkEngine:
         """:meth:`prefill` in a thread."""
         return await asyncio.to_thread(self.prefill, question, chunks, **options)
 
+    async def afidelity(
+        self, question: str | Sequence[Message], chunks: Iterable[str | Chunk], **options: Any
+    ) -> Fidelity:
+        """:meth:`fidelity` in a thread."""
+        return await asyncio.to_thread(self.fidelity, question, chunks, **options)
+
     async def aanswer(
         self, question: str | Sequence[Message], chunks: Iterable[str | Chunk], **options: Any
     ) -> Answer:
@@ -597,7 +723,7 @@ def _active_positions(
     context: list[int] = []
     rest: list[int] = []
     for segment in segments:
-        places = range(segment.start, segment.start + segment.full_view)
+        places = [segment.start + offset for offset in segment.full_view]
         if segment.kind in ("link", "question"):
             rest += places
         elif segment.kind == "chunk" or strategy == "full":
@@ -615,6 +741,12 @@ def _check_strategy(strategy: str, adapter: Adapter | None) -> Strategy:
     if strategy not in get_args(Strategy):
         raise InputError(f"strategy must be one of {get_args(Strategy)}, not {strategy!r}")
     return cast("Strategy", strategy)
+
+
+def _check_recompute_by(by: str) -> RecomputeBy:
+    if by not in get_args(RecomputeBy):
+        raise InputError(f"recompute_by must be one of {get_args(RecomputeBy)}, not {by!r}")
+    return cast("RecomputeBy", by)
 
 
 def _settings(settings: dict[str, Any]) -> GenerateSettings:

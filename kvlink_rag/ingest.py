@@ -35,11 +35,13 @@ class Splitting:
         tokens: most tokens in a chunk.
         overlap: most tokens repeated from the chunk before.
         model: whose tokens are counted.
+        adapter: that the caches are to serve; empty for none.
     """
 
     tokens: int = 256
     overlap: int = 32
     model: str = ""
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or not 0 <= self.overlap < self.tokens:
@@ -50,17 +52,25 @@ class Splitting:
 
     def digest(self, data: bytes) -> str:
         """What is recorded for a file with this content."""
-        settings = f"{self.tokens} {self.overlap} {self.model}\n{_caching()}\n".encode()
+        settings = f"{self.tokens} {self.overlap} {self.model}\n{_caching(self.adapter)}\n".encode()
         return hashlib.sha256(settings + data).hexdigest()
 
 
-def _caching() -> str:
-    """What, besides the chunks and the model, decides which caches the default engine looks up.
+def _caching(adapter: str) -> str:
+    """What, besides the chunks and the model, decides which caches the engine looks up.
 
-    A version that changes any of it must do every file again, or answers would find no caches.
+    A version that changes any of it must do every file again, or answers would find no caches. A
+    cache-preserving adapter with the default prompt changes nothing.
     """
-    words = (PromptTemplate(), DEFAULT_BEHIND, render_chunk(Chunk("text", title="title")))
-    return f"{FORMAT_VERSION} {words}"
+    prompt, behind, owner = PromptTemplate(), DEFAULT_BEHIND, ""
+    if adapter:
+        from kvlink_rag.adapter import load_adapter
+
+        loaded = load_adapter(adapter)
+        prompt, behind = loaded.prompt, loaded.encode_behind
+        owner = loaded.fingerprint if loaded.kind == "whole-model" else ""
+    shown = render_chunk(Chunk("text", title="title"), prompt.chunk)
+    return f"{FORMAT_VERSION} {(prompt, behind, shown)}{owner}"
 
 
 @dataclass

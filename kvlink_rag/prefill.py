@@ -16,6 +16,10 @@ from kvlink_rag.report import Report
 Strategy = Literal["full", "reuse", "link", "recompute"]
 """How chunk caches become one context."""
 
+RecomputeBy = Literal["first", "question"]
+"""Which tokens `recompute` computes anew: the first of each chunk (EPIC, arXiv 2410.15332), or
+those of all chunks that the question attends to most (ProphetKV, arXiv 2602.02579)."""
+
 SegmentKind = Literal["prefix", "chunk", "link", "question"]
 
 
@@ -30,8 +34,9 @@ class Segment:
         behind: tokens the chunk was encoded behind: it saw a private copy of them, at the positions
             just before its own, and itself, nothing else. Empty when encoded alone, and for `full`,
             where a chunk sees everything before it (``slot`` and ``full_view`` tell).
-        full_view: leading tokens of the segment that see everything before them in the prompt;
-            the others of a chunk see only what the chunk's cache was encoded with.
+        full_view: the tokens of the segment, as increasing offsets in it, that see everything
+            before them in the prompt. The others of a chunk are as the chunk was encoded: they see
+            ``behind`` and each other and, of the chunk's tokens in full view, the first version.
     """
 
     kind: SegmentKind
@@ -39,7 +44,7 @@ class Segment:
     stop: int
     slot: int | None = None
     behind: tuple[int, ...] = ()
-    full_view: int = 0
+    full_view: Sequence[int] = ()
 
 
 @dataclass(eq=False)

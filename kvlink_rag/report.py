@@ -5,29 +5,37 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from kvlink_rag.fidelity import Fidelity
+
 
 @dataclass
 class Report:
     """Time, hits and tokens of one answer. Times are wall seconds.
 
     Attributes:
-        strategy: `full`, `reuse` or `recompute`.
+        strategy: `full`, `reuse`, `recompute` or `link`; `full` for an answer that fell back to it.
         ttft_s: from the call with question and chunk texts in hand to the first answer token in
             hand; the sum of the seven parts that follow.
         tokenize_s: rendering and tokenising chunks and question, and computing keys.
         load_s: reading chunk caches from the store and verifying their checksums.
         encode_s: computing the caches that were missing.
         link_s: re-positioning the caches and copying them into one context.
-        forward_s: the forward pass over question (and recomputed) tokens; all tokens with `full`.
+        forward_s: the forward pass over question (and recomputed) tokens, and the one that finds
+            out which to recompute; all tokens with `full`.
+        fidelity_s: with a fidelity limit, the full prefill that a checked answer is compared with.
         sample_s: choosing the first token.
         hits: chunks whose cache was in the store.
         misses: chunks whose cache was not.
         context_tokens: length of the whole prompt.
-        reused_tokens: of these, how many came from a cache in the store.
+        reused_tokens: of these, how many came from a cache in the store; 0 after a fallback.
         computed_tokens: tokens that went through the model before the first answer token.
         bytes_read: keys and values read from the store.
         new_tokens: answer tokens.
         total_s: from the call to the last token.
+        after_s: after the last token, and in no other figure: without a fidelity limit, the full
+            prefill that a checked answer is compared with. The stream ends that much later.
+        fidelity: of the strategy to full prefill, when the answer was checked.
+        fell_back: whether it was above the fidelity limit, and the answer is that of full prefill.
     """
 
     strategy: str
@@ -37,6 +45,7 @@ class Report:
     encode_s: float = 0.0
     link_s: float = 0.0
     forward_s: float = 0.0
+    fidelity_s: float = 0.0
     sample_s: float = 0.0
     hits: int = 0
     misses: int = 0
@@ -46,6 +55,9 @@ class Report:
     bytes_read: int = 0
     new_tokens: int = 0
     total_s: float = 0.0
+    after_s: float = 0.0
+    fidelity: Fidelity | None = None
+    fell_back: bool = False
 
     @property
     def decode_s_per_token(self) -> float:

@@ -130,8 +130,9 @@ class _Node:
 class Reference:
     """ONE ordinary forward pass with a 4-D mask, built from a prefill's segments alone.
 
-    Each chunk is preceded by a private copy of what it was encoded behind and of the tokens that
-    are recomputed later (the rest of the chunk was encoded with the first version of those).
+    Each chunk is preceded by a private copy of what it was encoded behind, and each of its tokens
+    that is recomputed later by a private copy of itself (the rest of the chunk was encoded with the
+    first version of those).
     """
 
     def __init__(self, prefill: Prefill) -> None:
@@ -142,14 +143,16 @@ class Reference:
         for segment in prefill.segments:
             ids = prefill.token_ids[segment.start : segment.stop]
             own: list[int] = []
-            if segment.kind == "chunk" and segment.full_view < len(ids):
-                copy = [*segment.behind, *ids[: segment.full_view]]
+            partly = segment.kind == "chunk" and len(segment.full_view) < len(ids)
+            if partly:
                 first = segment.start - len(segment.behind)
-                for offset, token in enumerate(copy):
+                for offset, token in enumerate(segment.behind):
                     own.append(self._add(token, first + offset, segment.slot, own))
             for offset, token in enumerate(ids):
-                full = segment.kind != "chunk" or offset < segment.full_view
-                node = self._add(token, segment.start + offset, None, main if full else own)
+                position, full = segment.start + offset, offset in segment.full_view
+                if full and partly:
+                    own.append(self._add(token, position, segment.slot, own))
+                node = self._add(token, position, None, main if full else own)
                 main.append(node)
                 if not full:
                     own.append(node)
@@ -176,16 +179,23 @@ class Reference:
         mask = torch.full((size, size), torch.finfo(self.model.dtype).min, dtype=self.model.dtype)
         return mask.masked_fill_(seen, 0.0)[None, None]
 
-    @torch.inference_mode()
+    def _inputs(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[node.token for node in self.nodes]])}
+
     def logits(self) -> torch.Tensor:
         """Of the last token, ``[vocab]``."""
+        return self.all_logits()[-1]
+
+    @torch.inference_mode()
+    def all_logits(self) -> torch.Tensor:
+        """Of every token, ``[tokens, vocab]``."""
         config = self.model.config
         mask: Any = self.mask(getattr(config, "sliding_window", None))
         if config.model_type in TAKES_MASK_BY_LAYER_TYPE:
             mask = {"full_attention": self.mask(None), "sliding_attention": mask}
         return self.model(
-            input_ids=torch.tensor([[node.token for node in self.nodes]]),
+            **self._inputs(),
             position_ids=torch.tensor([[node.position for node in self.nodes]]),
             attention_mask=mask,
             use_cache=False,
-        ).logits[0, -1]
+        ).logits[0]

@@ -1,4 +1,4 @@
-"""Answer metrics of open-domain question answering."""
+"""Answer metrics: open-domain question answering, and summaries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from kvlink_rag.errors import InputError
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -31,3 +35,24 @@ def _f1(prediction: str, answer: str) -> float:
     said, wanted = normalise(prediction).split(), normalise(answer).split()
     shared = sum((Counter(said) & Counter(wanted)).values())
     return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """The best F1 of the longest common subsequence of stemmed words (Lin, 2004).
+
+    Raises:
+        InputError: the package rouge-score is not installed.
+    """
+    scores: dict[str, Any] = _rouge().score_multi(list(references), prediction)
+    return float(scores["rougeL"].fmeasure)
+
+
+@cache
+def _rouge() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise InputError(
+            "summaries are scored with rouge-score: pip install 'kvlink-rag[eval]'"
+        ) from error
+    return RougeScorer(["rougeL"], use_stemmer=True)

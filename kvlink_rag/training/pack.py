@@ -13,6 +13,7 @@ import torch
 
 from kvlink_rag.adapter import AdapterKind, LinkTokens
 from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.errors import InputError
 from kvlink_rag.rope import shift_groups
 from kvlink_rag.training.attention import PackContext
 from kvlink_rag.training.lesson import Lesson
@@ -102,6 +103,9 @@ class Packer:
         max_answer: longest answer.
         distill: share of the loss that is divergence from the base model's full prefill; 1 for
             lessons that are made for it.
+
+    Raises:
+        InputError: the model has no token that ends an answer.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class Packer:
         self.max_tokens = max_tokens
         self.max_answer = max_answer
         self.distill = distill
-        self.end = min(engine.stop_ids)
+        self.end = _end_token(engine)
 
     def pack(self, lesson: Lesson) -> Pack:
         """The tokens of a lesson."""
@@ -179,8 +183,8 @@ class Packer:
     def _context(self, prefix: list[int], chunks: list[list[int]], view: str) -> tuple[Pack, int]:
         """Prefix, chunks and link tokens, and the position behind them."""
         links = self.links if view == "link" else None
-        if view == "full" and chunks and self.kind == "cache-preserving":
-            chunks = [[token for chunk in chunks for token in chunk]]  # one chunk sees itself whole
+        if view == "full" and self.kind == "cache-preserving":  # one text, which sees itself whole
+            prefix, chunks = [token for ids in (prefix, *chunks) for token in ids], []
         parts: list[tuple[list[int], int]] = []  # frozen or trained tokens, and where they start
         link_parts: list[tuple[list[int], int]] = []
         start = 0
@@ -234,3 +238,14 @@ class Packer:
             pack.add(behind, start - len(behind), group, shared=False, open=False)
             pack.add(ids, start, group, open=False)
         return pack
+
+
+def _end_token(engine: KVLinkEngine) -> int:
+    """What an answer ends with: of several tokens that stop the model, the tokenizer's own."""
+    if not engine.stop_ids:
+        raise InputError(
+            f"{engine.name} has no token that ends an answer, so answers cannot be learnt: set "
+            "eos_token on its tokenizer"
+        )
+    own = engine.tokenizer.eos_token_id
+    return own if own in engine.stop_ids else min(engine.stop_ids)

@@ -120,14 +120,14 @@ def first_links(settings: TrainSettings, engine: KVLinkEngine) -> LinkTokens | N
     """Untrained link tokens: embeddings of words drawn at random, so that their size is right."""
     if not settings.links:
         return None
-    table = cast("torch.Tensor", engine.model.get_input_embeddings().weight)
+    table: Any = engine.model.get_input_embeddings()
+    words = table.weight.shape[0]
     slots = settings.slots if settings.layout == "slot" else None
-    links = LinkTokens(settings.layout, settings.links, table.shape[0], slots)
+    links = LinkTokens(settings.layout, settings.links, words, slots)
     draw = torch.Generator().manual_seed(settings.seed)
-    rows = torch.randint(table.shape[0], (links.size,), generator=draw).to(table.device)
-    return LinkTokens(
-        settings.layout, settings.links, table.shape[0], slots, table[rows].detach().clone()
-    )
+    ids = torch.randint(words, (links.size,), generator=draw).to(table.weight.device)
+    with torch.no_grad():
+        return replace(links, embeddings=table(ids))
 
 
 def make_adapter(

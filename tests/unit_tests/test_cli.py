@@ -6,16 +6,19 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from pypdf import PdfWriter
 from typer.testing import CliRunner, Result
 
-from kvlink_rag import KVIndex, KVLinkEngine, PromptTemplate, demo, ingest
+from kvlink_rag import Adapter, KVIndex, KVLinkEngine, PromptTemplate, demo, ingest
+from kvlink_rag.adapter import AdapterKind, LinkTokens
 from kvlink_rag.cli import app
 from kvlink_rag.index_catalog import IndexCatalog
 from kvlink_rag.index_check import verify_index
@@ -405,7 +408,7 @@ def test_paths_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
         ("PromptTemplate", lambda: PromptTemplate(before="Read this:\n\n")),
         ("DEFAULT_BEHIND", "alone"),
         ("FORMAT_VERSION", 0),
-        ("render_chunk", lambda chunk: chunk.text),
+        ("render_chunk", lambda chunk, template: chunk.text),
     ],
 )
 def test_files_are_done_again_when_their_caches_would_not_be_found(
@@ -415,6 +418,48 @@ def test_files_are_done_again_when_their_caches_would_not_be_found(
     assert Splitting().digest(b"text") == before
     monkeypatch.setattr(ingest, change[0], change[1])
     assert Splitting().digest(b"text") != before
+
+
+def test_only_adapters_that_change_caches_have_files_done_again(tmp_path: Path) -> None:
+    plain = Splitting().digest(b"text")
+    adapters = {
+        "same caches": tiny_adapter("cache-preserving"),
+        "own model": tiny_adapter("whole-model"),
+        "other words": replace(
+            tiny_adapter("cache-preserving"), prompt=PromptTemplate(before="Read this:\n\n")
+        ),
+    }
+    digests = {}
+    for name, adapter in adapters.items():
+        adapter.save(tmp_path / name)
+        digests[name] = Splitting(adapter=str(tmp_path / name)).digest(b"text")
+    assert digests["same caches"] == plain
+    assert len({plain, digests["own model"], digests["other words"]}) == 3
+
+
+def test_an_adapter_of_the_index_answers_linked_from_the_same_caches(
+    shell: Shell, tmp_path: Path
+) -> None:
+    tiny_adapter("cache-preserving").save(tmp_path / "adapter")
+    shell.write("apples.txt", paragraphs("apple"))
+    shell.index()
+    before = shell.state()[2]
+    question = ("ask", shell.out, "apple?", "-k", "1", "--max-new-tokens", "4")
+    linked = shell.run(*question, "--adapter", tmp_path / "adapter").output
+    assert "link: TTFT" in linked
+    assert "1 hits, 0 misses" in linked
+    assert "reuse: TTFT" in shell.run(*question).output
+    shell.index("--adapter", str(tmp_path / "adapter"))
+    shell.write("pears.txt", paragraphs("pear"))
+    shell.index()  # goes on with the adapter it has
+    assert "link: TTFT" in shell.run(*question).output
+    assert "reuse: TTFT" in shell.run(*question, "--adapter", "").output
+    assert set(before) < set(shell.state()[2])
+    assert "no adapter at" in shell.run(*question, "--adapter", "missing", code=1).stderr
+
+
+def tiny_adapter(kind: AdapterKind) -> Adapter:
+    return Adapter(kind, LinkTokens("shared", 2, 320, embeddings=torch.ones(2, 64)))
 
 
 def test_help_and_module(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import pytest
 import tiny
 import torch
 
 from kvlink_rag import Chunk
+from kvlink_rag.prefill import RecomputeBy
 
 TOLERANCE = 1e-4
 TEXTS = [
@@ -45,10 +47,12 @@ def test_reuse_is_one_block_masked_forward_pass(name, case):
     check(engine, CASES[case])
 
 
+@pytest.mark.parametrize("by", get_args(RecomputeBy))
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_recompute_is_one_block_masked_forward_pass(name, case):
-    check(tiny.engine(name), CASES[case], strategy="recompute", recompute_tokens=5)
+def test_recompute_is_one_block_masked_forward_pass(name, case, by):
+    engine = tiny.engine(name, recompute_by=by)
+    check(engine, CASES[case], strategy="recompute", recompute_tokens=5)
 
 
 @pytest.mark.parametrize("behind", ["alone", "header", "system"])
@@ -56,11 +60,12 @@ def test_recompute_is_one_block_masked_forward_pass(name, case):
 def test_every_prefix_behind_the_chunks(name, behind):
     engine = tiny.engine(name, encode_behind=behind)
     assert bool(engine.behind) == (behind != "alone")
-    for strategy in ("reuse", "recompute"):
+    ways = [{"recompute_by": by} for by in get_args(RecomputeBy)]
+    for options in ({"strategy": "reuse"}, *({"strategy": "recompute", **way} for way in ways)):
         # A system prompt shorter than what chunks are encoded behind puts private copies at
         # negative positions: RoPE is relative, it must not matter.
         for system in (None, "x", "Another, much longer system prompt than the default."):
-            check(engine, TEXTS, strategy=strategy, system=system)
+            check(engine, TEXTS, system=system, **options)
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -69,24 +74,31 @@ def test_chunks_of_one_token(name, monkeypatch):
     monkeypatch.setattr(engine.layout, "chunk", lambda chunk: [ord(chunk.text)])
     check(engine, list("abcab"))
     check(engine, list("abcab"), strategy="recompute", recompute_tokens=1)
+    monkeypatch.setattr(engine.layout, "chunk", lambda chunk: list(chunk.text.encode()))
+    check(engine, ["a", "bcd", "a"], strategy="recompute", recompute_tokens=1)
+    options = {"strategy": "recompute", "recompute_by": "question", "recompute_tokens": 1}
+    check(engine, ["a", "bcd", "a"], **options)
 
 
-@pytest.mark.parametrize("strategy", ["reuse", "recompute"])
+@pytest.mark.parametrize("way", ["reuse", *get_args(RecomputeBy)])
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_twenty_greedy_tokens(name, strategy):
-    engine = tiny.engine(name, recompute_tokens=5)
+def test_twenty_greedy_tokens(name, way):
+    options = {"strategy": "reuse"} if way == "reuse" else {"recompute_by": way}
+    options = {"strategy": "recompute", "recompute_tokens": 5, **options}
+    engine = tiny.engine(name)
     engine.stop_ids = frozenset()
-    answer = engine.answer(QUESTION, TEXTS, strategy=strategy, max_new_tokens=20)
-    reference = tiny.Reference(engine.prefill(QUESTION, TEXTS, strategy=strategy))
+    answer = engine.answer(QUESTION, TEXTS, max_new_tokens=20, **options)
+    reference = tiny.Reference(engine.prefill(QUESTION, TEXTS, **options))
     for token in answer.token_ids:
         assert token == int(reference.logits().argmax())
         reference.append(token)
     assert len(answer.token_ids) == 20
 
 
+@pytest.mark.parametrize("by", get_args(RecomputeBy))
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_recompute_of_everything_is_full(name):
-    engine = tiny.engine(name)
+def test_recompute_of_everything_is_full(name, by):
+    engine = tiny.engine(name, recompute_by=by)
     full = engine.prefill(QUESTION, TEXTS, strategy="full")
     whole = engine.prefill(QUESTION, TEXTS, strategy="recompute", recompute_tokens=10**6)
     torch.testing.assert_close(whole.logits, full.logits, atol=TOLERANCE, rtol=0)

@@ -13,9 +13,9 @@ ROOT = Path(kvlink_rag.__file__).parent
 
 # From the ground up: a module imports only from its own floor and those below.
 FLOORS = [
-    {"errors", "chunk", "rope", "report", "progress"},
+    {"errors", "chunk", "rope", "fidelity", "report", "progress"},
     {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
-    {"adapter", "presets", "encode", "forward", "prefill", "load", "embeddings"},
+    {"adapter", "presets", "encode", "forward", "relevance", "prefill", "load", "embeddings"},
     {"answer"},
     {"engine"},
     {"index_catalog", "index_vectors", "index_check", "index"},

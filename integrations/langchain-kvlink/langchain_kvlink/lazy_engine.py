@@ -84,6 +84,7 @@ class LazyEngine:
             "prompt": engine.layout.template,
             "engine_strategy": engine.strategy,
             "recompute_tokens": engine.recompute_tokens,
+            "recompute_by": engine.recompute_by,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyEngine:

@@ -1,0 +1,80 @@
+"""The engines that rows answer with, and what identifies a row's answers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.errors import AdapterRequiredError
+from kvlink_rag.evaluation.items import digest_of
+from kvlink_rag.evaluation.plan import Row
+
+FORMAT = 1
+"""Version of how answers are made; part of every digest."""
+
+
+def row_engines(base: KVLinkEngine, rows: Sequence[Row]) -> dict[Row, KVLinkEngine]:
+    """An engine for each row. All share the store, and each adapter has one reader.
+
+    Args:
+        base: of the model without adapter.
+
+    Raises:
+        AdapterError: an adapter is missing or for another model.
+        AdapterRequiredError: a row has strategy `link` and its adapter no link tokens.
+    """
+    made: dict[str | None, KVLinkEngine] = {None: base}
+    engines = {}
+    for row in rows:
+        if row.adapter not in made:
+            made[row.adapter] = base.with_adapter(row.adapter)
+        engine = made[row.adapter]
+        if row.strategy == "link" and (engine.adapter is None or engine.adapter.links is None):
+            raise AdapterRequiredError(
+                f"row {row.name!r}: adapter {row.adapter!r} has no link tokens, so strategy 'link' "
+                "is not for it: use 'reuse' or 'full'"
+            )
+        if row.encode_behind is not None:
+            engine = copy.copy(engine)
+            engine.behind = tuple(engine.layout.behind(row.encode_behind))
+        engines[row] = engine
+    return engines
+
+
+def row_digest(row: Row, engine: KVLinkEngine, base: KVLinkEngine) -> str:
+    """Over everything about a row that its answers depend on; its name is not part of it."""
+    linked = row.strategy in ("reuse", "recompute", "link")
+    return digest_of(
+        {
+            "format": FORMAT,
+            "model": base.fingerprint,
+            "adapter": engine.adapter and engine.adapter.fingerprint,
+            "strategy": row.strategy,
+            "behind": engine.behind if linked else None,
+            "recompute": row.recompute,
+            "prompt": _prompt(engine),
+        }
+    )
+
+
+def context_key(row: Row, engine: KVLinkEngine) -> str:
+    """Equal for rows that have the same in front of the question, and the same question.
+
+    That is so for `full` with the bare model and all cache-preserving adapters, which leave the
+    context to it. Link tokens are read by the adapter, so `link` shares with no other row.
+    """
+    return digest_of(
+        {
+            "row": row.name if row.strategy == "link" else None,
+            "model": engine.fingerprint,
+            "strategy": row.strategy,
+            "behind": engine.behind if row.strategy in ("reuse", "recompute") else None,
+            "recompute": row.recompute,
+            "prompt": _prompt(engine),
+        }
+    )
+
+
+def _prompt(engine: KVLinkEngine) -> list[str]:
+    return [str(vars(engine.layout.template)), str(engine.tokenizer.chat_template)]

@@ -1,0 +1,119 @@
+"""Fidelity: how far an answer's first-token distribution is from that of full prefill."""
+
+from __future__ import annotations
+
+import random
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from kvlink_rag.errors import InputError
+
+SEED = 0
+"""Of the choice of answers that are checked: the same calls in the same order check the same."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The distance of a strategy's first-token distribution ``q`` from full prefill's ``p``.
+
+    Attributes:
+        kl_nats: Kullback-Leibler divergence ``KL(p || q) = sum_t p(t) (ln p(t) - ln q(t))`` over
+            the vocabulary, both at temperature 1; 0 or more, infinite where ``q`` rules out what
+            ``p`` allows.
+        total_variation: ``sum_t |p(t) - q(t)| / 2``, in 0 ... 1.
+        same_token: whether the most likely token is the same.
+    """
+
+    kl_nats: float
+    total_variation: float
+    same_token: bool
+
+
+def compare(full: torch.Tensor, other: torch.Tensor) -> Fidelity:
+    """The fidelity of logits ``other`` to logits ``full``, both ``[vocab]`` float32."""
+    ln_p, ln_q = (logits.double().log_softmax(-1) for logits in (full, other))
+    p, q = ln_p.exp(), ln_q.exp()
+    terms = torch.where(p > 0, p * (ln_p - ln_q), 0.0)
+    return Fidelity(
+        # float64 rounding may leave equal distributions a hair below 0
+        kl_nats=max(float(terms.sum()), 0.0),
+        total_variation=float((p - q).abs().sum() / 2),
+        same_token=bool(full.argmax() == other.argmax()),
+    )
+
+
+@dataclass(frozen=True)
+class FidelityStats:
+    """What an engine's checks have found so far.
+
+    Attributes:
+        checked: answers compared with full prefill.
+        fallbacks: of these, how many were above the limit and answered from full prefill.
+        mean_kl_nats, max_kl_nats: over the checked answers; 0 without any.
+        other_token_share: share of the checked answers whose most likely first token differs.
+    """
+
+    checked: int = 0
+    fallbacks: int = 0
+    mean_kl_nats: float = 0.0
+    max_kl_nats: float = 0.0
+    other_token_share: float = 0.0
+
+
+class FidelityMonitor:
+    """Says which answers to check, and counts what the checks find. Safe to use from threads.
+
+    Args:
+        rate: share of answers to check, 0 ... 1, chosen at random.
+        limit: KL in nats above which a checked answer falls back to full prefill; None: never.
+
+    Raises:
+        InputError: naming the value out of range.
+    """
+
+    def __init__(self, rate: float, limit: float | None) -> None:
+        if not 0 <= rate <= 1:
+            raise InputError(f"fidelity_rate must be in 0 ... 1, not {rate}")
+        if limit is not None and not limit >= 0:
+            raise InputError(
+                f"fidelity_limit must be 0 or more (nats), or None for no limit, not {limit}"
+            )
+        self.rate = rate
+        self.limit = limit
+        self._random = random.Random(SEED)
+        self._lock = threading.Lock()
+        self._checked = self._fallbacks = self._other_tokens = 0
+        self._kl_sum = self._kl_max = 0.0
+
+    def choose(self) -> bool:
+        """Whether to check the next answer."""
+        with self._lock:
+            return self._random.random() < self.rate
+
+    def too_far(self, found: Fidelity) -> bool:
+        """Whether an answer is to fall back to full prefill."""
+        return self.limit is not None and not found.kl_nats <= self.limit
+
+    def count(self, found: Fidelity, *, fell_back: bool) -> None:
+        """One more answer was checked."""
+        with self._lock:
+            self._checked += 1
+            self._fallbacks += fell_back
+            self._other_tokens += not found.same_token
+            self._kl_sum += found.kl_nats
+            self._kl_max = max(self._kl_max, found.kl_nats)
+
+    @property
+    def stats(self) -> FidelityStats:
+        """The counters at this moment."""
+        with self._lock:
+            checked = max(self._checked, 1)
+            return FidelityStats(
+                self._checked,
+                self._fallbacks,
+                self._kl_sum / checked,
+                self._kl_max,
+                self._other_tokens / checked,
+            )
