@@ -10,7 +10,8 @@ from kvlink_rag import InputError
 from kvlink_rag.training import TrainSettings, read_settings
 from kvlink_rag.training.settings import parse_shares
 
-CONFIGS = sorted((Path(__file__).parents[2] / "training").glob("*.json"))
+FOLDER = Path(__file__).parents[2] / "training"
+CONFIGS = sorted(FOLDER.rglob("*.json"))
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -150,7 +151,7 @@ def test_there_are_committed_configurations():
     assert CONFIGS
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_committed_configurations_are_readable(path):
     made = read_settings(path)
     assert made.data
