@@ -15,12 +15,14 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvlink_rag.chunk import Chunk
+from kvlink_rag.documents import SUFFIXES
 from kvlink_rag.errors import InputError
 from kvlink_rag.evaluation.data import data_folder
 from kvlink_rag.training.lesson import Lesson, Turn
@@ -33,8 +35,32 @@ SUMMARIZE = "Summarize the documents above."
 CONTINUE = "Continue the text of the documents above."
 PIECE_WORDS = (60, 120)
 """Words in a chunk of plain text."""
+TRIES = 8
+"""Draws for each chunk of others."""
 
 Row = Mapping[str, Any]
+
+
+class _Many(NamedTuple):
+    """A list of so many or more."""
+
+    each: Any
+    least: int = 1
+
+
+_ANSWERS = _Many((str, int, float))
+SHAPES: dict[str, dict[str, Any]] = {
+    "article": {
+        "paragraphs": _Many(
+            {"text": str, "qas": _Many({"question": str, "answers": _ANSWERS}, least=0)}
+        )
+    },
+    "question": {"question": str, "answers": _ANSWERS, "docs": _Many({"text": str})},
+    "summary": {"docs": _Many({"text": str}), "summary": str},
+    "instruction": {"messages": _Many({"content": str}, least=2)},
+    "text": {"text": str},
+}
+"""The fields that a row of each kind has; others may be beside them."""
 
 
 def held_out(source: str, index: int) -> bool:
@@ -54,8 +80,8 @@ class Lessons(Sequence[Lesson]):
     def __init__(self, settings: TrainSettings, count: int, held_out: bool = False) -> None:
         self._settings = settings
         rng = random.Random(settings.seed)
-        sources = [_read(Path(path), held_out) for path in settings.data]
-        weights = list(settings.data.values())
+        paths, weights = zip(*sorted(settings.data.items()), strict=True)
+        sources = [_read(Path(path), held_out) for path in paths]
         picks = rng.choices(range(len(sources)), weights, k=count)
         turns = [_endless(len(rows), random.Random(f"{settings.seed}-{i}"))
                  for i, (rows, _) in enumerate(sources)]  # fmt: skip
@@ -70,8 +96,8 @@ class Lessons(Sequence[Lesson]):
         lesson = make(rows, index, rng, self._settings)
         if not lesson.chunks:
             return lesson
-        views = self._settings.views
-        return replace(lesson, view=rng.choices(list(views), list(views.values()))[0])
+        views, weights = zip(*sorted(self._settings.views.items()), strict=True)
+        return replace(lesson, view=rng.choices(views, weights)[0])
 
 
 Maker = Callable[[Sequence[Row], int, random.Random, TrainSettings], Lesson]
@@ -85,33 +111,72 @@ def _endless(count: int, rng: random.Random) -> Iterator[int]:
 
 def _read(path: Path, evaluation: bool) -> tuple[list[Row], Maker]:
     """The rows of a file for training or evaluation, and what makes a lesson of one of them."""
-    if not path.exists():
-        path = data_folder() / "train" / f"{path}.jsonl.gz"
+    path = _find(path)
+    rows = _parse(path)
+    kind = next((k for k, shape in SHAPES.items() if set(shape) <= _fields(rows[0])), None)
+    if kind is None:
+        known = "; ".join(f"{', '.join(shape)} ({kind})" for kind, shape in SHAPES.items())
+        raise InputError(
+            f"training data {path}: the first line has the fields {sorted(_fields(rows[0]))}, and "
+            f"needs those of one of these: {known}"
+        )
+    for number, row in enumerate(rows, 1):
+        if wrong := _wrong(row, SHAPES[kind], kind):
+            raise InputError(f"training data {path}, row {number}: {wrong}")
+    if len(rows) > 1:
+        rows = [row for at, row in enumerate(rows) if held_out(kind, at) == evaluation]
+    return rows, MAKERS[kind]
+
+
+def _find(path: Path) -> Path:
+    """The file itself, or that of a set's name in the folder of data sets."""
+    given = path.expanduser()
+    if given.exists():
+        return given
+    try:
+        named = data_folder() / "train" / f"{path}.jsonl.gz"
+    except InputError as error:
+        raise InputError(f"no training data at {path} ({error})") from error
+    if not named.exists():
+        raise InputError(f"no training data at {path}, and no set of that name at {named}")
+    return named
+
+
+def _parse(path: Path) -> list[Row]:
     rows: list[Row] = []
     opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
-        kind, maker = _maker(rows[0])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"training data {path} cannot be read: {error}") from error
-    if len(rows) > 1:
-        rows = [row for at, row in enumerate(rows) if held_out(kind, at) == evaluation]
-    return rows, maker
+            rows += [json.loads(line) for line in lines if line.strip()]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(
+            f"training data {path} cannot be read as JSON lines: {error}; documents without "
+            f"questions may be {', '.join(SUFFIXES)}"
+        ) from error
+    if not rows:
+        raise InputError(f"training data {path} is empty")
+    return rows
 
 
-def _maker(row: Row) -> tuple[str, Maker]:
-    makers: dict[tuple[str, ...], tuple[str, Maker]] = {
-        ("paragraphs",): ("article", _article),
-        ("question", "answers", "docs"): ("question", _question),
-        ("docs", "summary"): ("summary", _summary),
-        ("messages",): ("instruction", _instruction),
-        ("text",): ("text", _text),
-    }
-    for fields, found in makers.items():
-        if all(name in row for name in fields):
-            return found
-    raise ValueError(f"its first line has the fields {sorted(row)}, which are none of the known")
+def _fields(row: Any) -> set[str]:
+    return set(row) if isinstance(row, Mapping) else set()
+
+
+def _wrong(value: Any, shape: Any, name: str) -> str | None:
+    """What keeps a value from having a shape, or None."""
+    if isinstance(shape, dict):
+        if not isinstance(value, Mapping):
+            return f"{name} is {value!r:.40}, not an object"
+        found = (_wrong(value.get(key), part, f"{name}.{key}") for key, part in shape.items())
+        return next(filter(None, found), None)
+    if isinstance(shape, _Many):
+        if not isinstance(value, list) or len(value) < shape.least:
+            return f"{name} is {value!r:.40}, not a list of {shape.least} or more"
+        found = (_wrong(v, shape.each, f"{name}[{at}]") for at, v in enumerate(value))
+        return next(filter(None, found), None)
+    if not isinstance(value, shape) or not str(value).strip():
+        return f"{name} is {value!r:.40}, not a text"
+    return None
 
 
 def _article(
@@ -121,12 +186,12 @@ def _article(
     row = rows[index]
     count = rng.randint(settings.min_chunks, settings.max_chunks)
     own = rng.sample(row["paragraphs"], min(count, len(row["paragraphs"])))
-    chunks = [(Chunk(p["text"], title=_title(row)), p["qas"]) for p in own]
+    chunks = [(Chunk(p["text"], title=_name(row)), p["qas"]) for p in own]
     for place in range(1, len(chunks)):
         if rng.random() < 0.2:
-            other = rng.choice(rows)
-            paragraph = rng.choice(other["paragraphs"])
-            chunks[place] = (Chunk(paragraph["text"], title=_title(other)), paragraph["qas"])
+            chunks[place] = _paragraph(rows, rng)
+    if len(rows) > 1:
+        _fill(chunks, count, lambda: _paragraph(rows, rng))
     asked = [qa for _, qas in chunks for qa in qas]
     asked = rng.sample(asked, min(settings.turns, len(asked)))
     rng.shuffle(chunks)
@@ -141,6 +206,30 @@ def _article(
     )
 
 
+def _paragraph(rows: Sequence[Row], rng: random.Random) -> tuple[Chunk, Any]:
+    """One of any article, and its questions."""
+    row = rng.choice(rows)
+    paragraph = rng.choice(row["paragraphs"])
+    return Chunk(paragraph["text"], title=_name(row)), paragraph["qas"]
+
+
+def _document(rows: Sequence[Row], rng: random.Random) -> Any:
+    """One of any question."""
+    row = rng.choice(rows)
+    golden = [doc for doc in row["docs"] if doc.get("gold", True)]
+    return rng.choice([*golden, *_distractors(row)])
+
+
+def _fill(items: list[Any], count: int, draw: Callable[[], Any]) -> None:
+    """Draw until there are so many, none of them twice, as far as there are so many at all."""
+    for _ in range(TRIES * count):
+        if len(items) >= count:
+            return
+        item = draw()
+        if item not in items:
+            items.append(item)
+
+
 def _question(
     rows: Sequence[Row], index: int, rng: random.Random, settings: TrainSettings
 ) -> Lesson:
@@ -150,11 +239,10 @@ def _question(
     docs = [doc for doc in row["docs"] if doc.get("gold", True)]
     pool = _distractors(row)
     docs += rng.sample(pool, min(max(count - len(docs), 0), len(pool)))
-    while len(docs) < count and len(rows) > 1:
-        other = rng.choice(rows)
-        golden = [doc for doc in other["docs"] if doc.get("gold", True)]
-        docs.append(rng.choice([*golden, *_distractors(other)]))
+    if len(rows) > 1:
+        _fill(docs, count, lambda: _document(rows, rng))
     rng.shuffle(docs)
+    docs = docs[: settings.max_chunks]  # more gold documents than that
     turn = Turn(row["question"], _answer(row, rng))
     return Lesson(tuple(_chunk(doc) for doc in docs), (turn,), source="question")
 
@@ -162,7 +250,7 @@ def _question(
 def _distractors(row: Row) -> list[Any]:
     """At most six of a question's own, always the same: each cache is computed once."""
     pool = [doc for doc in row["docs"] if not doc.get("gold", True)]
-    random.Random(row.get("id")).shuffle(pool)
+    random.Random(str(row.get("id", row["question"]))).shuffle(pool)
     return pool[:6]
 
 
@@ -171,9 +259,7 @@ def _summary(
 ) -> Lesson:
     row = rows[index]
     pieces = [
-        Chunk(piece, title=doc.get("title") or None)
-        for doc in row["docs"]
-        for piece in _pieces(doc["text"])
+        Chunk(piece, title=_title(doc)) for doc in row["docs"] for piece in _pieces(doc["text"])
     ]
     return Lesson(
         tuple(pieces[: settings.max_chunks]), (Turn(SUMMARIZE, row["summary"]),), source="summary"
@@ -197,7 +283,7 @@ def _text(rows: Sequence[Row], index: int, rng: random.Random, settings: TrainSe
         return Lesson((), (Turn("", pieces[first]),), source="text", distill=True)
     count = rng.randint(1, min(settings.max_chunks, len(pieces) - 1))
     first = rng.randrange(len(pieces) - count)
-    title = row.get("title") or None
+    title = _title(row)
     chunks = tuple(Chunk(piece, title=title) for piece in pieces[first : first + count])
     turn = Turn(CONTINUE, pieces[first + count])
     return Lesson(chunks, (turn,), source="text", distill=True)
@@ -215,14 +301,28 @@ def _pieces(text: str) -> list[str]:
 
 
 def _chunk(doc: Mapping[str, Any]) -> Chunk:
-    return Chunk(doc["text"], title=doc.get("title") or None)
+    return Chunk(doc["text"], title=_title(doc))
 
 
 def _title(row: Row) -> str | None:
-    return str(row.get("article", "")).replace("_", " ") or None
+    return str(row.get("title") or "") or None
+
+
+def _name(row: Row) -> str | None:
+    """The title of an article."""
+    return str(row.get("article") or "").replace("_", " ") or None
 
 
 def _answer(row: Row, rng: random.Random) -> str:
     """One of the answers; the first is the usual form."""
     answers = row["answers"]
     return str(answers[0] if rng.random() < 0.7 else rng.choice(answers))
+
+
+MAKERS: dict[str, Maker] = {
+    "article": _article,
+    "question": _question,
+    "summary": _summary,
+    "instruction": _instruction,
+    "text": _text,
+}

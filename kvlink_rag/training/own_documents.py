@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvlink_rag.documents import SUFFIXES, Document, chunks_of, find_files, read
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.progress import bar
+from kvlink_rag.training.files import write_whole
 
 ASK = "Write one short question that the text above answers. Write only the question."
 QUESTIONS = 2
@@ -53,21 +54,26 @@ def write_questions(
     total = sum(len(chunks) for _, chunks in articles)
     if not total:
         raise InputError(f"no text, Markdown or PDF in {', '.join(map(str, paths))}")
-    known = _read(out)
+    known, part = _read(out), out.with_suffix(".part")
+    write_whole(part, "".join(map(_line, known.values())))  # without the line that a kill cut
     rows: list[dict[str, Any]] = []
-    with bar("Writing questions (chunks)", total, enabled=progress) as done:
+    with (
+        bar("Writing questions (chunks)", total, enabled=progress) as done,
+        part.open("a", encoding="utf-8") as kept,
+    ):
         for title, chunks in articles:
             paragraphs = []
             for chunk in chunks:
                 key = _key(engine, chunk)
-                paragraph = known.get(key) or _ask(engine, chunk, key)
-                known[key] = paragraph
-                paragraphs.append(paragraph)
+                if key not in known:
+                    known[key] = _ask(engine, chunk, key)
+                    kept.write(_line(known[key]))
+                    kept.flush()
+                paragraphs.append(known[key])
                 done(sum(len(row["paragraphs"]) for row in rows) + len(paragraphs))
-                _write(out.with_suffix(".part"), known.values())
             rows.append({"article": title, "paragraphs": paragraphs, "distill": True})
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    out.with_suffix(".part").unlink(missing_ok=True)
+    write_whole(out, "".join(map(_line, rows)))
+    part.unlink()
     return out
 
 
@@ -104,13 +110,12 @@ def _read(out: Path) -> dict[str, dict[str, Any]]:
 
 def _rows(path: Path) -> Iterator[Any]:
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 yield json.loads(line)
             except ValueError:
-                return  # cut by a kill
+                return  # the end, or cut by a kill
 
 
-def _write(path: Path, paragraphs: Sequence[Any] | Iterable[Any]) -> None:
-    lines = [json.dumps(paragraph, ensure_ascii=False) + "\n" for paragraph in paragraphs]
-    path.write_text("".join(lines), "utf-8")
+def _line(row: Any) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

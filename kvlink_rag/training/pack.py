@@ -99,7 +99,7 @@ class Packer:
         engine: of the base model; frozen chunk caches come from its store and are kept in it.
         kind: `cache-preserving` freezes prefix and chunks, `whole-model` trains on them.
         links: the link tokens; None trains without.
-        max_tokens: longest lesson: chunks and answers beyond are cut.
+        max_tokens: longest lesson: chunks, questions and answers beyond are cut.
         max_answer: longest answer.
         distill: share of the loss that is divergence from the base model's full prefill; 1 for
             lessons that are made for it.
@@ -140,7 +140,7 @@ class Packer:
             else:  # plain text: nothing around it
                 turns.append((answer[:1], answer[1:-1] or answer[1:]))
         pack, start = self._context(prefix, chunks, lesson.view)
-        turns = [(asked, said[: self._room(start + len(asked))]) for asked, said in turns]
+        turns = [self._fit(asked, said, start) for asked, said in turns]
         for group, (asked, said) in enumerate(turns):
             pack.add_turn(asked, said, start, group)
         pack.distill = 1.0 if lesson.distill else self.distill
@@ -149,9 +149,13 @@ class Packer:
             pack.teacher = torch.cat([self._teach(context, *turn) for turn in turns])
         return pack
 
-    def _room(self, tokens: int) -> int:
-        """Tokens that an answer behind so many may have."""
-        return max(min(self.max_answer, self.max_tokens - tokens), 1)
+    def _fit(self, asked: list[int], said: list[int], start: int) -> tuple[list[int], list[int]]:
+        """A question, if need be without its middle, and what an answer behind it may have."""
+        room = max(self.max_tokens - start, 2)
+        if len(asked) >= room:  # its ends are the template's
+            head, tail = (room - 1) // 2, room // 2
+            asked = [*asked[:head], *asked[-tail:]]
+        return asked, said[: min(self.max_answer, room - len(asked))]
 
     def _cut(self, chunks: list[list[int]]) -> list[list[int]]:
         """Chunks that leave a quarter of the room for the rest."""

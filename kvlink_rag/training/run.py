@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from kvlink_rag.adapter import Adapter, BaseModel, LinkTokens
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.training.data import Lessons
+from kvlink_rag.training.files import write_whole
 from kvlink_rag.training.held_out import held_out_losses
 from kvlink_rag.training.lesson import Lesson
 from kvlink_rag.training.model import LinkModel
@@ -34,8 +34,6 @@ HISTORY = "history.json"
 BEFORE = "held-out-before.json"
 QUESTIONS = "questions.jsonl"
 STORE = "chunk-caches"
-
-log = logging.getLogger(__name__)
 
 
 def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adapter:
@@ -62,7 +60,7 @@ def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adap
         engine,
         settings.kind,
         links,
-        max_tokens=settings.max_tokens,
+        max_tokens=min(settings.max_tokens, engine.architecture.max_tokens),
         max_answer=settings.max_answer,
         distill=settings.distill,
     )
@@ -188,7 +186,7 @@ def _claim(out: Path, settings: TrainSettings) -> None:
             f"{out} holds a run with other settings ({path}): choose another folder, or remove it"
         )
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def _arguments(settings: TrainSettings, out: Path, engine: KVLinkEngine) -> TrainingArguments:
@@ -200,7 +198,7 @@ def _arguments(settings: TrainSettings, out: Path, engine: KVLinkEngine) -> Trai
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(settings.warmup * settings.steps)),
+        warmup_steps=round(settings.warmup * settings.steps),
         weight_decay=0.0,
         bf16=engine.architecture.dtype == torch.bfloat16,
         fp16=engine.architecture.dtype == torch.float16,
@@ -284,4 +282,4 @@ class _Curves(TrainerCallback):
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value) + "\n")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,9 @@ from kvlink_rag.errors import InputError
 from kvlink_rag.models import DEFAULT_MODEL
 from kvlink_rag.prompt import DEFAULT_BEHIND, EncodeBehind
 from kvlink_rag.training.lesson import View
+
+MOST_SEEDS = 2**32 - 1
+"""Numpy's, less one for the held-out lessons' own."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class TrainSettings:
         max_answer: most tokens of an answer that are learnt.
         steps: optimiser steps.
         batch: lessons in a forward pass.
-        accumulate: forward passes in a step.
+        accumulate: forward passes in a step. Each weighs the same, and in each every question.
         learning_rate: of the LoRA, after warm-up, falling to 0 as a cosine.
         link_learning_rate: of the link tokens' embeddings.
         warmup: share of the steps.
@@ -74,6 +78,11 @@ class TrainSettings:
     distill: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_types()
+        self._check_ranges()
+        self._check_views()
+
+    def _check_types(self) -> None:
         for name, choices in (
             ("kind", get_args(AdapterKind)),
             ("layout", get_args(LinkLayout)),
@@ -81,10 +90,28 @@ class TrainSettings:
         ):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(entry.default, int) and type(value) is not int:
+                raise InputError(f"{entry.name} must be a whole number, not {value!r}")
+            if isinstance(entry.default, float) and not _is_number(value):
+                raise InputError(f"{entry.name} must be a number, not {value!r}")
+        if not isinstance(self.model, str) or not self.model:
+            raise InputError(f"model must be a hub id or a folder, not {self.model!r}")
+        for name in ("data", "views"):
+            shares = getattr(self, name)
+            if not isinstance(shares, Mapping) or not all(
+                isinstance(key, str) and _is_number(share) for key, share in shares.items()
+            ):
+                raise InputError(f"{name} must have a number for each name, not {shares!r}")
+
+    def _check_ranges(self) -> None:
         for name in (
             "slots",
+            "alpha",
             "min_chunks",
             "turns",
+            "max_tokens",
             "max_answer",
             "steps",
             "batch",
@@ -93,6 +120,14 @@ class TrainSettings:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "link_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("distill", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise InputError(f"seed must be between 0 and {MOST_SEEDS - 1}, not {self.seed}")
         if self.links < 0 or self.rank < 0 or self.links + self.rank == 0:
             raise InputError(
                 f"nothing to train with links {self.links} and rank {self.rank}: one of them has "
@@ -104,8 +139,8 @@ class TrainSettings:
             )
         if self.links and self.layout == "slot" and self.max_chunks > self.slots:
             raise InputError(f"max_chunks {self.max_chunks} needs as many slots, not {self.slots}")
-        if not 0 <= self.distill <= 1:
-            raise InputError(f"distill must be between 0 and 1, not {self.distill}")
+
+    def _check_views(self) -> None:
         for name, shares in (("data", self.data), ("views", self.views)):
             if any(share < 0 for share in shares.values()) or not sum(shares.values()) > 0:
                 raise InputError(f"{name} needs entries with shares above 0, not {dict(shares)}")
@@ -114,7 +149,12 @@ class TrainSettings:
         if not self.links and self.views.get("link"):
             raise InputError(
                 "views: without link tokens (links 0) nothing can be read linked; give views "
-                "without link"
+                "without link, in a file of settings (--config)"
+            )
+        if self.links and not self.views.get("link"):
+            raise InputError(
+                f"views: nothing is read linked, so the {self.links} link tokens would never be "
+                "trained; give link a share, or links 0"
             )
 
     @property
@@ -129,6 +169,10 @@ class TrainSettings:
         return asdict(self)
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def parse_shares(paths: Sequence[str]) -> dict[str, float]:
     """``PATH`` or ``PATH=SHARE`` as shares by path; 1 where none is given."""
     shares = {}
@@ -136,6 +180,8 @@ def parse_shares(paths: Sequence[str]) -> dict[str, float]:
         path, mark, share = text.rpartition("=")
         if not mark or Path(text).exists():
             path, share = text, "1"
+        if not path:
+            raise InputError(f"--data {text!r} names no file or folder: give PATH or PATH=SHARE")
         try:
             shares[path] = float(share)
         except ValueError as error:
@@ -154,7 +200,9 @@ def read_settings(path: Path, **changes: Any) -> TrainSettings:
     except (OSError, ValueError) as error:
         raise InputError(f"settings {path} cannot be read: {error}") from error
     known = TrainSettings.__dataclass_fields__
-    if not isinstance(values, dict) or (unknown := sorted(set(values) - set(known))):
+    if not isinstance(values, dict):
+        raise InputError(f"settings {path} must be a JSON object, not {values!r:.40}")
+    if unknown := sorted(set(values) - set(known)):
         raise InputError(
             f"settings {path}: unknown entries {unknown}; known are {', '.join(known)}"
         )
