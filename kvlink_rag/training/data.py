@@ -25,11 +25,13 @@ from kvlink_rag.chunk import Chunk
 from kvlink_rag.documents import SUFFIXES
 from kvlink_rag.errors import InputError
 from kvlink_rag.evaluation.data import data_folder
+from kvlink_rag.evaluation.data import held_out as is_kept
 from kvlink_rag.training.lesson import Lesson, Turn
 from kvlink_rag.training.settings import TrainSettings
 
-HELD_OUT = {"text": 10, "instruction": 10, "question": 50, "article": 50, "summary": 50}
-"""One of so many rows of a file is kept for evaluation."""
+HELD_OUT = {"question": 50, "article": 50, "summary": 50}
+"""One of so many rows of a file is kept for evaluation; of texts and instructions those that
+:func:`kvlink_rag.evaluation.data.held_out` says, which perplexity is measured on."""
 
 SUMMARIZE = "Summarize the documents above."
 CONTINUE = "Continue the text of the documents above."
@@ -65,7 +67,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def held_out(source: str, index: int) -> bool:
     """Whether the row of that place in its file is not for training."""
-    return index % HELD_OUT[source] == 0
+    return index % HELD_OUT[source] == 0 if source in HELD_OUT else is_kept(index)
 
 
 class Lessons(Sequence[Lesson]):
