@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -239,7 +240,7 @@ class TestInput:
             Chunk("a", title=cast(str, 3)),
             Chunk(""),
         ],
-        ids=repr,
+        ids=lambda chunk: re.sub(" at 0x[0-9a-f]+", "", repr(chunk)),  # the same in every process
     )
     def test_a_chunk_that_cannot_be_kept_adds_nothing(self, index: KVIndex, chunk: Chunk) -> None:
         with pytest.raises(InputError):
