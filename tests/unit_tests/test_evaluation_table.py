@@ -143,9 +143,9 @@ def test_settings_that_make_no_sense(settings, message):
         plan_of({"rows": [{"name": "full", "strategy": "full"}], **settings})
 
 
-def test_the_committed_configuration_is_a_plan():
-    path = Path(__file__).parents[2] / "benchmarks" / "eval_link5.json"
-    plan = plan_of(read_plan(path))
+@pytest.mark.parametrize("name", ["eval_link5", "eval_ablation"])
+def test_the_committed_configurations_are_plans(name):
+    plan = plan_of(read_plan(Path(__file__).parents[2] / "benchmarks" / f"{name}.json"))
     assert plan.reference_row is not None
     assert len(plan.sets) == 5
 
