@@ -35,6 +35,8 @@ AS_IT_STANDS = [
 SMALLER = {
     "kvlink bench": "kvlink bench --length 300 --repeats 1",
     "python benchmarks/encode_behind.py --questions 200": "--questions 1 --max-new-tokens 2",
+    "kvlink train --data examples/corpus --out my-adapter --steps 200": "--steps 2 --batch 1",
+    "kvlink eval --config benchmarks/eval_link5.json": "--questions 1 --max-new-tokens 2",
 }
 BY_MAKE = {"make demo", "make test"}
 INSTALL = "pip install ."
@@ -108,9 +110,40 @@ def test_bench(folder):
     }
 
 
-def test_comparison_of_prefixes(folder):
+def test_train(folder):
+    command = "kvlink train --data examples/corpus --out my-adapter --steps 200"
+    text = (ROOT / "examples" / "corpus" / "1973_oil_crisis.md").read_text(encoding="utf-8")
+    (folder / "small.md").write_text(text[:2500], encoding="utf-8")
+    smaller = [*split(command.replace("examples/corpus", "small.md")), *SMALLER[command].split()]
+    result = CliRunner().invoke(app, smaller)
+    assert result.exit_code == 0, result.output
+    assert "adapter='my-adapter'" in result.output
+    result = CliRunner().invoke(
+        app, ["ask", "my-index", "When did the crisis begin?", "--adapter", "my-adapter"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "link: TTFT" in result.output
+    assert "4 hits, 0 misses" in result.output
+
+
+def needs_question_sets() -> None:
     if "KVLINK_DATA" not in os.environ and not (ROOT / "../shared/data").is_dir():
         pytest.skip("the question sets are absent: set KVLINK_DATA to their folder")
+
+
+def test_eval(folder, monkeypatch):
+    needs_question_sets()
+    if "KVLINK_DATA" not in os.environ:
+        monkeypatch.setenv("KVLINK_DATA", str(ROOT / "../shared/data"))
+    command = "kvlink eval --config benchmarks/eval_link5.json"
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+    result = CliRunner().invoke(app, [*split(command), *SMALLER[command].split()])
+    assert result.exit_code == 0, result.output
+    assert "link, smollm2-135m-link5" in (folder / "eval-results" / "results.md").read_text()
+
+
+def test_comparison_of_prefixes(folder):
+    needs_question_sets()
     script = ROOT / "benchmarks" / "encode_behind.py"
     out = folder / "rows.jsonl"
     arguments = SMALLER["python benchmarks/encode_behind.py --questions 200"].split()
