@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -122,6 +123,7 @@ class Packer:
         self.max_answer = max_answer
         self.distill = distill
         self.end = min(engine.stop_ids)
+        self._taught: tuple[Any, torch.Tensor] | None = None
 
     def pack(self, lesson: Lesson) -> Pack:
         """The tokens of a lesson."""
@@ -166,8 +168,11 @@ class Packer:
     ) -> torch.Tensor:
         """The base model's log-probabilities ``[labels, vocab]`` under full prefill.
 
-        The context runs once for all turns.
+        The context runs once for all turns, and once for a lesson read in several views in a row.
         """
+        lesson = (context, turns)
+        if self._taught is not None and self._taught[0] == lesson:
+            return self._taught[1]
         cache = DynamicCache()  # made without a configuration: sliding layers keep all tokens
         if context:
             self._run(context, cache, keep=1)
@@ -175,7 +180,9 @@ class Packer:
         for asked, said in turns:
             taught.append(self._run([*asked, *said[:-1]], cache, keep=len(said)))
             cache.crop(-(len(asked) + len(said) - 1))
-        return torch.cat(taught)
+        teacher = torch.cat(taught)
+        self._taught = (lesson, teacher)
+        return teacher
 
     def _run(self, token_ids: list[int], cache: DynamicCache, keep: int) -> torch.Tensor:
         """The base model's log-probabilities ``[keep, vocab]`` at the last of these tokens."""
