@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from kvlink_rag.chunk import Chunk
+from kvlink_rag.conversation import CHUNKS
 from kvlink_rag.documents import SUFFIXES, Document, chunks_of, find_files, read_file
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.progress import bar
 from kvlink_rag.training.files import write_whole
 
-ASK = "Write one short question that the text above answers. Write only the question."
+ASK = {"role": "user", "content": [CHUNKS, "Write a question about a fact in this text."]}
+"""A message of its own: behind the engine's words for a brief answer small models ask in circles,
+and so they do when told to write the question only."""
 QUESTIONS = 2
 """Questions to a chunk."""
 MAX_TOKENS = 32
@@ -82,8 +85,8 @@ def _ask(engine: KVLinkEngine, chunk: Chunk, key: str) -> dict[str, Any]:
     qas: list[dict[str, Any]] = []
     for number in range(QUESTIONS):
         asked = engine.answer(
-            ASK, [chunk], strategy="full", max_new_tokens=MAX_TOKENS, stop="\n",
-            temperature=0.8 if number else 0.0, seed=number,
+            [ASK], [chunk], strategy="full", max_new_tokens=MAX_TOKENS, stop="\n",
+            temperature=0.7 if number else 0.0, seed=int(key[:8], 16),
         ).text.strip()  # fmt: skip
         if not asked or any(asked == qa["question"] for qa in qas):
             continue

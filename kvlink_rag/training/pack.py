@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from kvlink_rag.adapter import AdapterKind, LinkTokens
 from kvlink_rag.engine import KVLinkEngine
@@ -125,6 +127,7 @@ class Packer:
         self.max_answer = max_answer
         self.distill = distill
         self.end = _end_token(engine)
+        self._taught: tuple[Any, torch.Tensor] | None = None
 
     def pack(self, lesson: Lesson) -> Pack:
         """The tokens of a lesson."""
@@ -145,8 +148,7 @@ class Packer:
             pack.add_turn(asked, said, start, group)
         pack.distill = 1.0 if lesson.distill else self.distill
         if pack.distill:
-            context = [token for ids in (prefix, *chunks) for token in ids]
-            pack.teacher = torch.cat([self._teach(context, *turn) for turn in turns])
+            pack.teacher = self._teach([t for ids in (prefix, *chunks) for t in ids], turns)
         return pack
 
     def _fit(self, asked: list[int], said: list[int], start: int) -> tuple[list[int], list[int]]:
@@ -169,16 +171,35 @@ class Packer:
         return kept
 
     @torch.inference_mode()
-    def _teach(self, context: list[int], asked: list[int], said: list[int]) -> torch.Tensor:
-        """The base model's log-probabilities ``[answer, vocab]`` under full prefill."""
-        token_ids = [*context, *asked, *said[:-1]]
-        out = self.engine.model(
-            input_ids=torch.tensor([token_ids], device=self.engine.architecture.device),
-            use_cache=False,
-            logits_to_keep=len(said),
-        )
-        teacher: torch.Tensor = out.logits[0].float().log_softmax(-1).to(out.logits.dtype)
+    def _teach(
+        self, context: list[int], turns: Sequence[tuple[list[int], list[int]]]
+    ) -> torch.Tensor:
+        """The base model's log-probabilities ``[labels, vocab]`` under full prefill.
+
+        The context runs once for all turns, and once for a lesson read in several views in a row.
+        """
+        lesson = (context, turns)
+        if self._taught is not None and self._taught[0] == lesson:
+            return self._taught[1]
+        cache = DynamicCache()  # made without a configuration: sliding layers keep all tokens
+        if context:
+            self._run(context, cache, keep=1)
+        taught = []
+        for asked, said in turns:
+            taught.append(self._run([*asked, *said[:-1]], cache, keep=len(said)))
+            cache.crop(-(len(asked) + len(said) - 1))
+        teacher = torch.cat(taught)
+        self._taught = (lesson, teacher)
         return teacher
+
+    def _run(self, token_ids: list[int], cache: DynamicCache, keep: int) -> torch.Tensor:
+        """The base model's log-probabilities ``[keep, vocab]`` at the last of these tokens."""
+        ids = torch.tensor([token_ids], device=self.engine.architecture.device)
+        out = self.engine.model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
+        )
+        logits: torch.Tensor = out.logits[0]
+        return logits.float().log_softmax(-1).to(logits.dtype)
 
     def _context(self, prefix: list[int], chunks: list[list[int]], view: str) -> tuple[Pack, int]:
         """Prefix, chunks and link tokens, and the position behind them."""
