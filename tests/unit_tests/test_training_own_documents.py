@@ -24,10 +24,10 @@ class Scripted:
         self.answers: dict[str, str] = {}
         monkeypatch.setattr(self.engine, "answer", self._answer)
 
-    def _answer(self, question: str, chunks: Any, **settings: Any) -> SimpleNamespace:
+    def _answer(self, question: Any, chunks: Any, **settings: Any) -> SimpleNamespace:
         assert settings["strategy"] == "full"
         [chunk] = chunks
-        if question == ASK:
+        if question == [ASK]:
             if len(self.asked) == self.fail_at:
                 raise KeyboardInterrupt
             self.asked.append(chunk.text)
