@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tqdm import tqdm
 
 KILLS = int(os.environ.get("KVLINK_KILLS", "12"))
 WORDS = ["tower", "river", "stone", "light", "water", "north", "bridge", "built", "many", "old"]
@@ -56,6 +58,9 @@ def forked(work: Callable[[], None], kill_after_s: float | None = None) -> bool:
         status = 1
         try:
             torch.set_num_threads(1)
+            # tqdm's own is shared with all children of this process: one that is killed while it
+            # holds it would stop every later one for good
+            tqdm.set_lock(threading.RLock())
             work()
             status = 0
         except BaseException:
