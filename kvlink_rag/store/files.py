@@ -101,11 +101,20 @@ class ChunkFiles:
     def entries(self) -> Iterator[Entry]:
         """What the headers of the caches say, unverified; other files are left out."""
         for path in self.paths():
-            with contextlib.suppress(CorruptRecord, OSError):
-                key, tokens, fingerprint = read_header(path)
-                if self.key_of(path) == key:
-                    stat = path.stat()
-                    yield Entry(key, tokens, stat.st_size, fingerprint, stat.st_mtime)
+            if (entry := self._entry(path)) is not None:
+                yield entry
+
+    def entry(self, key: str) -> Entry | None:
+        """What the header of a cache says, unverified; None where there is none to be read."""
+        return self._entry(self.path(key))
+
+    def _entry(self, path: Path) -> Entry | None:
+        with contextlib.suppress(CorruptRecord, OSError):
+            key, tokens, fingerprint = read_header(path)
+            if self.key_of(path) == key:
+                stat = path.stat()
+                return Entry(key, tokens, stat.st_size, fingerprint, stat.st_mtime)
+        return None
 
     def key_of(self, path: Path) -> str | None:
         """The key of a file that is named as a chunk cache and in its place."""

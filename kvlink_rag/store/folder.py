@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -118,7 +118,7 @@ class FolderStore:
             self._files.path(key)  # refuses what is no key
         if pairs:
             with explained("write to the store", self.path):
-                self._catalog.write(lambda tx: sql.refer(tx, pairs))
+                self._catalog.write(lambda tx: self._refer(tx, pairs))
 
     def release(self, documents: Iterable[str], keep: Collection[str] = ()) -> int:
         """Drop the references of these documents, and every entry left without any.
@@ -187,6 +187,14 @@ class FolderStore:
         # renamed before the commit: whoever holds the write lock sees file and row, or neither
         sql.add(tx, entry, documents)
         self._files.publish(temporary, entry.key)
+
+    def _refer(self, tx: sqlite3.Connection, pairs: Sequence[tuple[str, str]]) -> None:
+        sql.refer(tx, pairs)
+        for key in {key for _, key in pairs}:
+            # a put that was killed before its commit left a file without a row, which prune would
+            # take for left over
+            if not sql.knows(tx, key) and (entry := self._files.entry(key)):
+                sql.add(tx, entry)
 
     def _let_go(
         self, tx: sqlite3.Connection, documents: Collection[str], keep: Collection[str]

@@ -63,6 +63,22 @@ def test_what_is_put_is_got(store: KVStore) -> None:
     assert store.has(record.key)
 
 
+def test_a_file_of_a_killed_put_belongs_to_who_refers_to_it(folder: FolderStore) -> None:
+    """Killed between the file's new name and the commit: a file without a row."""
+    record = make_record(1, 2)
+    folder.put(record, ["a"])
+    with sqlite3.connect(folder.path / "catalog.sqlite") as catalog:
+        catalog.execute("DELETE FROM entries")
+        catalog.execute("DELETE FROM refs")
+    assert folder.has(record.key)
+    folder.refer([("b", record.key)])
+    assert folder.prune().clean
+    assert folder.get(record.key) is not None
+    assert folder.references() == [("b", record.key)]
+    assert folder.release(["b"]) == 1
+    assert not folder.has(record.key)
+
+
 def test_tensors_that_do_not_fit_are_refused(store: KVStore) -> None:
     bad = ChunkKV((1, 2), (), "m", torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4))
     with pytest.raises(InputError):
