@@ -193,6 +193,8 @@ class KVLinkEngine:
     def with_adapter(self, adapter: str | Path | Adapter | None) -> KVLinkEngine:
         """A twin with another adapter, or none, that shares the base model's weights and the store.
 
+        It keeps the strategy; `link` becomes `reuse` where the other has no link tokens.
+
         What this engine was given as ``encode_behind`` and ``prompt`` stays; what it was not given
         is the other adapter's.
 
@@ -200,14 +202,16 @@ class KVLinkEngine:
             AdapterError: as :meth:`from_pretrained`.
         """
         encode_behind, prompt = self._chosen
+        trained = None if adapter is None else load_adapter(adapter)
+        linked = trained is not None and trained.links is not None
         with self._model_lock:  # forward passes set attention and masks of the base model
             twin = KVLinkEngine(
                 self._base,
                 self.tokenizer,
                 name=self.name,
                 store=self.store,
-                strategy=self.strategy if self.strategy != "link" else "reuse",
-                adapter=None if adapter is None else load_adapter(adapter),
+                strategy="reuse" if self.strategy == "link" and not linked else self.strategy,
+                adapter=trained,
                 encode_behind=encode_behind,
                 recompute_tokens=self.recompute_tokens,
                 recompute_by=self.recompute_by,
