@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,11 +105,10 @@ class LinkModel(torch.nn.Module):
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """As inference does it, with the embeddings in training."""
+        if self.links is not None:
+            links = replace(self.links, embeddings=self.link_embeddings)
+            return links.embed(token_ids, self.reader)
         table: Any = self.reader.get_input_embeddings()
-        if self.links is None or self.link_embeddings is None:
-            embedded: torch.Tensor = table(token_ids)
-            return embedded
-        own = token_ids >= self.links.first_id
-        embedded = table(token_ids.masked_fill(own, 0))
-        rows = self.link_embeddings[token_ids[own] - self.links.first_id]
-        return embedded.index_put((own,), rows.to(embedded.dtype))
+        embedded: torch.Tensor = table(token_ids)
+        return embedded
