@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/kvlink demo
 
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

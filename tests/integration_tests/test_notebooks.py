@@ -98,7 +98,7 @@ def test_a_notebook_runs(name: str, kernel: str, tmp_path: Path) -> None:
     NotebookClient(
         fresh,
         kernel_name=kernel,
-        timeout=1700,  # one cell trains
+        timeout=1700 if name == "train_links" else 900,  # one of its cells trains
         startup_timeout=300,
         resources={"metadata": {"path": str(folder)}},
     ).execute()  # raises when a cell does
