@@ -336,7 +336,7 @@ def train(
     typer.echo("held-out lessons, loss before and after:")
     for name, loss in held_out["after"].items():
         typer.echo(f"  {name:<10} {held_out['before'].get(name, float('nan')):.3f}  {loss:.3f}")
-    typer.echo(f"written: {out} (adapter), {out / 'loss.png'}; use it: adapter={str(out)!r}")
+    typer.echo(f"written: {out}; use it: adapter={str(out)!r}")
 
 
 @app.command("eval")

@@ -263,7 +263,7 @@ class _Trainer(Trainer):
 
 
 class _Curves(TrainerCallback):
-    """Marks checkpoints as complete and draws the loss."""
+    """Marks checkpoints as complete and keeps the losses."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
