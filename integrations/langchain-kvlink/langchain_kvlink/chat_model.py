@@ -80,7 +80,7 @@ class ChatKVLink(BaseChatModel):
         top_p: nucleus sampling.
         seed: makes sampling repeatable.
         stop: the answer ends before the first of these strings.
-        strategy: `reuse`, `recompute` or `full`; None is the engine's.
+        strategy: `reuse`, `recompute`, `full` or `link`; None is the engine's.
         system: a system prompt; leave it out when the messages bring one.
         document_prompt: renders a document to its chunk's text; None shows ``page_content`` alone.
             Give the same to :class:`KVLinkVectorStore`: other texts have other caches.
