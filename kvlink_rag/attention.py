@@ -1,8 +1,14 @@
-"""Attention for forward passes over a cache: the numbers of torch's kernel, by its fast way.
+"""Attention for forward passes over a cache: the numbers of torch's kernel, by a faster way.
 
-torch's fast causal attention needs as many keys as queries. Chunks that are encoded behind a
-prefix have a few more, for which transformers builds a mask, and with a mask come a slower kernel
-and repeated key and value heads. A few queries of no account in front make the numbers equal.
+On CPU, torch's kernel repeats key and value heads for each query head and is slow for few queries
+over many keys. Here the query heads of a group are folded into the queries of one matrix product
+with their key head, a block of queries at a time: two to twenty times faster, depending on the
+shape, and the cache is read where it lies.
+
+On other devices it is torch's, whose fast causal attention needs as many keys as queries. Chunks
+that are encoded behind a prefix have a few more, for which transformers builds a mask, and with a
+mask come a slower kernel and repeated heads. A few queries of no account in front make the numbers
+equal.
 """
 
 from __future__ import annotations
@@ -18,6 +24,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "kvlink"
+BLOCK_ROWS = 384
+"""Rows of a matrix product of scores: small enough for a block of scores to stay in cache."""
+_FOLDED_DTYPES = (torch.float32, torch.bfloat16)
+"""Number types whose matrix products are fast on CPU."""
 
 
 @contextmanager
@@ -60,10 +70,13 @@ def attend(
     Args:
         query: ``[batch, heads, queries, head_dim]``.
         key: ``[batch, kv_heads, tokens, head_dim]``, ``tokens >= queries``; ``value`` alike.
+        attention_mask: ``[batch or 1, 1, queries, tokens]``, true or 0 where a query may look.
 
     Returns:
         ``[batch, queries, heads, value_dim]``, and None for the weights.
     """
+    if query.device.type == "cpu" and query.dtype in _FOLDED_DTYPES and _is_plain(options):
+        return attend_folded(query, key, value, attention_mask, options.get("scaling")), None
     before = key.shape[2] - query.shape[2]
     if attention_mask is None and query.shape[2] > 1 and before > 0:
         # torch aligns the first query with the first key
@@ -73,12 +86,75 @@ def attend(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
+def _is_plain(options: dict[str, Any]) -> bool:
+    """No scores are changed on the way; if so, torch's attention does it, or refuses."""
+    odd = ("softcap", "s_aux", "position_bias", "cache")
+    return not options.get("dropout") and all(options.get(name) is None for name in odd)
+
+
+def attend_folded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Grouped-query attention as matrix products of two dimensions; see :func:`attend`.
+
+    One product for each key head: torch multiplies batches of matrices at once only after copying
+    them into one piece, and a cache with room for more tokens does not lie in one piece.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    group, before = heads // kv_heads, tokens - queries
+    folded = (query * (dim**-0.5 if scaling is None else scaling)).view(
+        batch, kv_heads, group, queries, dim
+    )
+    mixed = query.new_empty(batch, queries, heads, value.shape[3])
+    result = mixed.view(batch, queries, kv_heads, group, -1).permute(0, 2, 3, 1, 4)
+    step = max(BLOCK_ROWS // group, 1)
+    for start in range(0, queries, step):
+        stop = min(start + step, queries)
+        seen = before + stop if mask is None else tokens
+        biases = _biases(mask, start, stop, seen, query)
+        for row in range(batch):
+            bias = biases[row % len(biases)]
+            for head in range(kv_heads):
+                block = folded[row, head, :, start:stop].reshape(-1, dim)
+                scores = torch.mm(block, key[row, head, :seen].t())
+                if bias is not None:
+                    # what all queries of a block see needs no bias
+                    scores.view(group, stop - start, seen)[..., -bias.shape[1] :] += bias
+                weights = scores.softmax(-1)
+                out = torch.mm(weights, value[row, head, :seen])
+                result[row, head, :, start:stop] = out.view(group, stop - start, -1)
+    return mixed
+
+
+def _biases(
+    mask: torch.Tensor | None, start: int, stop: int, seen: int, like: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """What is added to the last columns of a block's scores, for each row of the batch or all."""
+    count = stop - start
+    if mask is None:
+        if count == 1:
+            return [None]
+        return [like.new_full((count, count), float("-inf")).triu_(1)]
+    block = mask[:, 0, start:stop, :seen]
+    if block.dtype == torch.bool:
+        least = torch.finfo(like.dtype).min  # -inf would give no number where nothing is seen
+        block = like.new_zeros(block.shape).masked_fill_(~block, least)
+    return list(block.to(like.dtype))
+
+
 def make_mask(**options: Any) -> torch.Tensor | None:
     """transformers' mask, or None where :func:`attend` needs none and is faster without."""
     queries, tokens = options["q_length"], options["kv_length"]
     window = options.get("local_size")
     plain = options.get("allow_is_causal_skip", True) and options.get("attention_mask") is None
-    if plain and queries > 1 and tokens <= 2 * queries and (window is None or tokens < window):
+    on_cpu = torch.device(options.get("device", "cpu")).type == "cpu"
+    few = on_cpu or tokens <= 2 * queries  # padded queries cost as much as real ones
+    if plain and queries > 1 and few and (window is None or tokens < window):
         return None
     mask: torch.Tensor | None = sdpa_mask(**options)
     return mask

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kvlink_rag.adapter import LinkTokens
 from kvlink_rag.architecture import Architecture
+from kvlink_rag.attention import fast_attention
 from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.link import ContextCache
 
@@ -36,13 +37,14 @@ def run_behind(
     start = cache.get_seq_length()
     ids = torch.tensor([list(token_ids)], device=cache.key_buffer.device)
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    out = model(
-        **_inputs(model, ids, links),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    with fast_attention(model):
+        out = model(
+            **_inputs(model, ids, links),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     logits: torch.Tensor = out.logits[0, -1].float()
     return logits
 
@@ -84,7 +86,7 @@ def run_at(
     cache.set_scatter(where)
     masks = _masks(architecture, where, length)
     try:
-        with _layer_masks(model, masks):
+        with fast_attention(model), _layer_masks(model, masks):
             out = model(
                 **_inputs(model, torch.tensor([list(token_ids)], device=device), links),
                 position_ids=where[None],

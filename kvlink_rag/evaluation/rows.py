@@ -10,7 +10,7 @@ from kvlink_rag.errors import AdapterRequiredError
 from kvlink_rag.evaluation.items import digest_of
 from kvlink_rag.evaluation.plan import Row
 
-FORMAT = 1
+FORMAT = 2
 """Version of how answers are made; part of every digest."""
 
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvlink_rag import attention
@@ -26,21 +27,65 @@ def sizes(queries: int, tokens: int, **options: Any) -> dict[str, Any]:
     }
 
 
+def made(queries: int, tokens: int) -> list[torch.Tensor]:
+    """Queries, and keys and values that are part of a longer cache."""
+    torch.manual_seed(0)
+    shapes = (4, queries, 8), (2, tokens + 3, 8), (2, tokens + 3, 6)
+    query, key, value = (torch.randn(2, *shape) for shape in shapes)
+    return [query, key[:, :, :tokens], value[:, :, :tokens]]
+
+
 class Module(torch.nn.Module):
     num_key_value_groups = 2
     is_causal = True
 
 
-@pytest.mark.parametrize("tokens", [5, 6, 9, 10])
-def test_without_a_mask_the_last_query_sees_the_last_key(tokens: int) -> None:
-    torch.manual_seed(0)
-    query = torch.randn(2, 4, 5, 8)
-    key, value = torch.randn(2, 2, tokens, 8), torch.randn(2, 2, tokens, 8)
+@pytest.mark.parametrize("block_rows", [1, 4, 384])
+@pytest.mark.parametrize("tokens", [5, 6, 9, 10, 40])
+def test_without_a_mask_the_last_query_sees_the_last_key(
+    tokens: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK_ROWS", block_rows)
+    query, key, value = made(5, tokens)
     mask = sdpa_mask(**sizes(5, tokens, allow_is_causal_skip=False))
     assert mask is not None
-    expected, _ = attend(Module(), query, key, value, mask, scaling=0.3)
+    expected, _ = sdpa_attention_forward(Module(), query, key, value, mask, scaling=0.3)
     found, _ = attend(Module(), query, key, value, None, scaling=0.3)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 384])
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masks_are_kept(
+    rows: int, kind: str, block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK_ROWS", block_rows)
+    query, key, value = made(5, 12)
+    mask = torch.rand(rows, 1, 5, 12) < 0.5
+    mask[..., 0] = True
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+    expected, _ = sdpa_attention_forward(Module(), query, key, value, mask)
+    found, _ = attend(Module(), query, key, value, mask)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_query_that_sees_nothing_gives_numbers() -> None:
+    query, key, value = made(2, 3)
+    mask = torch.tensor([[[[False, False, False], [True, True, True]]]])
+    found, _ = attend(Module(), query, key, value, mask)
+    assert found.isfinite().all()
+
+
+def test_where_the_folded_way_does_not_serve_torch_does_it() -> None:
+    query, key, value = (each.half() for each in made(5, 9))
+    mask = sdpa_mask(**sizes(5, 9, allow_is_causal_skip=False))
+    expected, _ = sdpa_attention_forward(Module(), query, key, value, mask)
+    found, _ = attend(Module(), query, key, value, None)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="softcap"):
+        attend(Module(), query.float(), key.float(), value.float(), None, softcap=3.0)
 
 
 def test_one_query_sees_everything() -> None:
@@ -62,7 +107,10 @@ def test_masks_are_made_where_they_are_needed() -> None:
         {"allow_is_causal_skip": False},
     ):
         assert make_mask(**sizes(5, 7, **options)) is not None
-    assert make_mask(**sizes(5, 11)) is not None
+    assert make_mask(**sizes(5, 11)) is None
+    # where queries are padded, that has to pay
+    assert make_mask(**sizes(5, 10, device="meta")) is None
+    assert make_mask(**sizes(5, 11, device="meta")) is not None
 
 
 def test_encoding_takes_it_and_gives_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
