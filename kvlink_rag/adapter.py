@@ -197,7 +197,7 @@ class Adapter:
             return model, model
         try:
             reader = add_lora(model, self.lora_config)
-            self._load_lora(reader)
+            self.load_lora(reader)
         except (ValueError, TypeError, RuntimeError) as error:
             raise AdapterError(
                 f"the LoRA of adapter {self.name!r} does not fit the model ({error}): get it anew, "
@@ -259,7 +259,13 @@ class Adapter:
             digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _load_lora(self, reader: PreTrainedModel) -> None:
+    def load_lora(self, reader: PreTrainedModel) -> None:
+        """Give its weights to a LoRA of the same make.
+
+        Raises:
+            ValueError: some are missing, or too many.
+            RuntimeError: some have other sizes.
+        """
         from peft import set_peft_model_state_dict
 
         result: Any = set_peft_model_state_dict(reader, dict(self.lora_weights))

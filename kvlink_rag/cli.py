@@ -312,6 +312,9 @@ def train(
         int | None, typer.Option(help="Steps between checkpoints. Default: 50.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Default: 0.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Adapter to go on from: folder or name. Default: anew.")
+    ] = None,
     store: Annotated[
         Path | None,
         typer.Option(help="Where chunk caches are kept for other runs. Default: not kept."),
@@ -327,7 +330,8 @@ def train(
     given: dict[str, Any] = {
         "model": model, "links": links, "layout": layout, "kind": kind, "rank": rank,
         "steps": steps, "batch": batch, "learning_rate": learning_rate, "max_chunks": max_chunks,
-        "save_steps": save_steps, "seed": seed, "data": parse_shares(data) if data else None,
+        "save_steps": save_steps, "seed": seed, "start": start,
+        "data": parse_shares(data) if data else None,
     }  # fmt: skip
     changes = {name: value for name, value in given.items() if value is not None}
     settings = read_settings(config, **changes) if config else TrainSettings(**changes)

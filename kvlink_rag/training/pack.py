@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from kvlink_rag.adapter import AdapterKind, LinkTokens
+from kvlink_rag.attention import fast_attention
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.rope import shift_groups
@@ -103,8 +104,9 @@ class Packer:
         links: the link tokens; None trains without.
         max_tokens: longest lesson: chunks, questions and answers beyond are cut.
         max_answer: longest answer.
-        distill: share of the loss that is divergence from the base model's full prefill; 1 for
+        distill: share of the loss that is divergence from the teacher's full prefill; 1 for
             lessons that are made for it.
+        teacher: engine over the same model whose full prefill is learnt; None is ``engine``.
 
     Raises:
         InputError: the model has no token that ends an answer.
@@ -119,8 +121,10 @@ class Packer:
         max_tokens: int,
         max_answer: int,
         distill: float = 0.0,
+        teacher: KVLinkEngine | None = None,
     ) -> None:
         self.engine = engine
+        self.teacher = teacher or engine
         self.kind = kind
         self.links = links
         self.max_tokens = max_tokens
@@ -174,7 +178,7 @@ class Packer:
     def _teach(
         self, context: list[int], turns: Sequence[tuple[list[int], list[int]]]
     ) -> torch.Tensor:
-        """The base model's log-probabilities ``[labels, vocab]`` under full prefill.
+        """The teacher's log-probabilities ``[labels, vocab]`` under full prefill.
 
         The context runs once for all turns, and once for a lesson read in several views in a row.
         """
@@ -183,21 +187,23 @@ class Packer:
             return self._taught[1]
         cache = DynamicCache()  # made without a configuration: sliding layers keep all tokens
         if context:
-            self._run(context, cache, keep=1)
+            self._run(self.teacher.model, context, cache, keep=1)
         taught = []
         for asked, said in turns:
-            taught.append(self._run([*asked, *said[:-1]], cache, keep=len(said)))
+            ids = [*asked, *said[:-1]]
+            taught.append(self._run(self.teacher.reader, ids, cache, keep=len(said)))
             cache.crop(-(len(asked) + len(said) - 1))
         teacher = torch.cat(taught)
         self._taught = (lesson, teacher)
         return teacher
 
-    def _run(self, token_ids: list[int], cache: DynamicCache, keep: int) -> torch.Tensor:
-        """The base model's log-probabilities ``[keep, vocab]`` at the last of these tokens."""
+    def _run(
+        self, model: PreTrainedModel, token_ids: list[int], cache: DynamicCache, keep: int
+    ) -> torch.Tensor:
+        """A model's log-probabilities ``[keep, vocab]`` at the last of these tokens."""
         ids = torch.tensor([token_ids], device=self.engine.architecture.device)
-        out = self.engine.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
-        )
+        with fast_attention(model):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         logits: torch.Tensor = out.logits[0]
         return logits.float().log_softmax(-1).to(logits.dtype)
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from kvlink_rag.adapter import Adapter, BaseModel, LinkTokens
+from kvlink_rag.adapter import Adapter, BaseModel, LinkTokens, load_adapter
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
+from kvlink_rag.prompt import PromptTemplate
 from kvlink_rag.training.data import Lessons
 from kvlink_rag.training.files import write_whole
 from kvlink_rag.training.held_out import held_out_losses
@@ -45,9 +46,14 @@ def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adap
             them in ``out`` until the adapter is done.
 
     Raises:
-        InputError: ``out`` holds a run with other settings, or the data cannot be read.
+        InputError: ``out`` holds a run with other settings, the data cannot be read, or the adapter
+            to go on from is of another make.
+        AdapterError: there is no such adapter, or it is for another model.
     """
     asked = settings
+    first = load_adapter(settings.start) if settings.start else None
+    if first is not None:
+        _check_first(settings, first)
     _claim(out, settings)
     set_seed(settings.seed)
     engine = KVLinkEngine.from_pretrained(
@@ -55,11 +61,16 @@ def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adap
     )
     settings = _with_questions(settings, engine, out)
     links = first_links(settings, engine)
+    if first is not None and links is not None:
+        links = first.links or links
     model = LinkModel(engine.model, engine.architecture, lora_config(settings), links)
+    if first is not None and settings.rank:
+        first.load_lora(model.reader)
     packer = Packer(
         engine,
         settings.kind,
         links,
+        teacher=None if first is None else engine.with_adapter(first),
         max_tokens=min(settings.max_tokens, engine.architecture.max_tokens),
         max_answer=settings.max_answer,
         distill=settings.distill,
@@ -128,6 +139,36 @@ def first_links(settings: TrainSettings, engine: KVLinkEngine) -> LinkTokens | N
     ids = torch.randint(words, (links.size,), generator=draw).to(table.weight.device)
     with torch.no_grad():
         return replace(links, embeddings=table(ids))
+
+
+def _check_first(settings: TrainSettings, first: Adapter) -> None:
+    """An adapter to go on from has to be what the settings make."""
+    links, lora = first.links, first.lora_config or {}
+    has: dict[str, Any] = {
+        "kind": first.kind,
+        "encode_behind": first.encode_behind,
+        "rank": lora.get("r", 0),
+    }
+    asked: dict[str, Any] = {
+        "kind": settings.kind,
+        "encode_behind": settings.behind,
+        "rank": settings.rank,
+    }
+    if settings.rank:
+        has["alpha"], asked["alpha"] = lora.get("lora_alpha"), settings.alpha
+    if links is not None and settings.links:  # without, they are left out
+        has |= {"layout": links.layout, "links": links.count, "slots": links.slots}
+        slots = settings.slots if settings.layout == "slot" else None
+        asked |= {"layout": settings.layout, "links": settings.links, "slots": slots}
+    if wrong := [name for name in asked if asked[name] != has[name]]:
+        raise InputError(
+            f"start: adapter {settings.start!r} has {wrong[0]} {has[wrong[0]]!r}, and the settings "
+            f"ask for {asked[wrong[0]]!r}: make them the same, or begin anew (without start)"
+        )
+    if links is not None and settings.links and links.embeddings is None:
+        raise InputError(f"start: the link tokens of {settings.start!r} are its model's own")
+    if any(first.around) or first.prompt != PromptTemplate():
+        raise InputError(f"start: adapter {settings.start!r} has a prompt template of its own")
 
 
 def make_adapter(

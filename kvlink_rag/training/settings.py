@@ -48,6 +48,8 @@ class TrainSettings:
         seed: of data order, chunk choice and first weights.
         distill: how much of the loss is the divergence from the base model's full prefill (0 to 1);
             lessons that are made for it (plain text, instructions, own documents) always have 1.
+        start: an adapter to go on from (folder, or name of one that comes with the package). Its
+            own full prefill, instead of the base model's, is then what `distill` learns.
     """
 
     model: str = DEFAULT_MODEL
@@ -76,6 +78,7 @@ class TrainSettings:
     save_steps: int = 50
     seed: int = 0
     distill: float = 0.0
+    start: str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -98,6 +101,8 @@ class TrainSettings:
                 raise InputError(f"{entry.name} must be a number, not {value!r}")
         if not isinstance(self.model, str) or not self.model:
             raise InputError(f"model must be a hub id or a folder, not {self.model!r}")
+        if self.start is not None and (not isinstance(self.start, str) or not self.start):
+            raise InputError(f"start must be an adapter's folder or name, not {self.start!r}")
         for name in ("data", "views"):
             shares = getattr(self, name)
             if not isinstance(shares, Mapping) or not all(

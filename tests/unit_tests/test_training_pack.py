@@ -243,23 +243,33 @@ def test_the_loss_is_a_mean_over_turns(name, kind):
 @few_models
 @all_kinds
 @pytest.mark.parametrize("view", VIEWS)
-def test_the_teacher_is_the_base_models_full_prefill(name, kind, view):
+@pytest.mark.parametrize("own", [False, True], ids=["base", "own"])
+def test_the_teacher_is_a_full_prefill(name, kind, view, own):
     it = made(name, kind)
-    packer = Packer(it.base, kind, it.packer.links, max_tokens=2048, max_answer=64, distill=1.0)
+    teacher = it.engine if own else it.base
+    packer = Packer(
+        it.base,
+        kind,
+        it.packer.links,
+        max_tokens=2048,
+        max_answer=64,
+        distill=1.0,
+        teacher=teacher if own else None,
+    )
     pack = packer.pack(Lesson(CHUNKS, TURNS, view))
     with torch.inference_mode():
         loss = float(it.model([pack])["loss"])
     start, losses = 0, []
     for turn in TURNS:
-        prefill = it.base.prefill(turn.question, CHUNKS, strategy="full")
+        prefill = teacher.prefill(turn.question, CHUNKS, strategy="full")
         rows = [prefill.logits]
         for token in it.base.layout.encode_text(turn.answer):
-            rows.append(run_behind(it.base.model, prefill.cache, [token]))
+            rows.append(run_behind(teacher.reader, prefill.cache, [token]))
         expected = torch.stack(rows).log_softmax(-1)
         stop = start + len(rows)
         torch.testing.assert_close(pack.teacher[start:stop], expected, atol=TOLERANCE, rtol=0)
-        own = it._turn(Lesson(CHUNKS, TURNS, view), turn).log_softmax(-1)
-        losses.append(F.kl_div(own, expected, reduction="batchmean", log_target=True))
+        said = it._turn(Lesson(CHUNKS, TURNS, view), turn).log_softmax(-1)
+        losses.append(F.kl_div(said, expected, reduction="batchmean", log_target=True))
         start = stop
     assert start == len(pack.teacher)
     assert loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)

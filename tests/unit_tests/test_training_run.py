@@ -282,6 +282,66 @@ def test_every_kind_and_layout_trains(model_folder, data, tmp_path, engines, cha
     assert all(torch.equal(kept[name], weight) for name, weight in base.items())
 
 
+# Going on from an adapter
+
+
+def small_steps(**changes: Any) -> dict[str, Any]:
+    return {"learning_rate": 1e-9, "link_learning_rate": 1e-9, "steps": 1, **changes}
+
+
+def test_a_run_begins_with_the_adapter_it_is_given(trained, data, tmp_path):
+    chosen = settings(trained.model, data, start=str(trained.out), **small_steps())
+    adapter = train(chosen, tmp_path)
+    before = {**trained.adapter.lora_weights, "links": trained.adapter.links.embeddings}
+    after = {**adapter.lora_weights, "links": adapter.links.embeddings}
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-6, rtol=0)
+    found = adapter.notes["held_out"]
+    known = trained.adapter.notes["held_out"]["after"]
+    assert found["before"] == pytest.approx(known, abs=1e-4)
+
+
+def test_it_learns_its_own_full_prefill(trained, data, tmp_path):
+    chosen = settings(trained.model, data, start=str(trained.out), views={"link": 1, "full": 1})
+    adapter = train(TrainSettings(**{**vars(chosen), **small_steps(distill=1.0)}), tmp_path)
+    found = adapter.notes["held_out"]["before"]
+    assert abs(found["full"]) < 1e-6 < found["link"]
+
+
+def test_a_lora_goes_on_without_the_link_tokens(trained, data, tmp_path):
+    chosen = settings(
+        trained.model, data, start=str(trained.out), links=0, views={"reuse": 1}, **small_steps()
+    )
+    adapter = train(chosen, tmp_path)
+    assert adapter.links is None
+    for name, weight in trained.adapter.lora_weights.items():
+        torch.testing.assert_close(adapter.lora_weights[name], weight, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"links": 3}, "has links 2, and the settings ask for 3"),
+        ({"layout": "tail"}, "has layout 'shared', and the settings ask for 'tail'"),
+        ({"kind": "whole-model"}, "has kind 'cache-preserving'"),
+        ({"encode_behind": "alone"}, "has encode_behind 'system'"),
+        ({"rank": 8}, "has rank 4, and the settings ask for 8"),
+        ({"alpha": 1}, "has alpha 32, and the settings ask for 1"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_make_is_refused(trained, data, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train(settings(trained.model, data, start=str(trained.out), **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_is_not_there_is_a_clear_error(model_folder, data, tmp_path):
+    with pytest.raises(AdapterError, match="nowhere"):
+        train(settings(model_folder, data, start="nowhere"), tmp_path / "out")
+
+
 def test_without_link_tokens_a_lora_is_trained_that_reads_reused_chunks(
     model_folder, data, tmp_path
 ):

@@ -47,6 +47,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": float("nan")}, "learning_rate must be a number, not nan"),
     ({"link_learning_rate": -1e-3}, "link_learning_rate must be above 0, not -0.001"),
     ({"warmup": 1.1}, "warmup must be between 0 and 1, not 1.1"),
+    ({"start": 5}, "start must be an adapter's folder or name, not 5"),
+    ({"start": ""}, "start must be an adapter's folder or name, not ''"),
     ({"distill": -0.1}, "distill must be between 0 and 1, not -0.1"),
     ({"distill": 2}, "distill must be between 0 and 1, not 2"),
     ({"seed": -1}, "seed must be between 0 and 4294967294, not -1"),
