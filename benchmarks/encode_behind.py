@@ -86,7 +86,7 @@ class Comparison:
                 stop = start + len(record.token_ids)
                 shift_groups(
                     record.keys,
-                    torch.arange(start, stop),
+                    torch.tensor([start - record.position]),
                     self.engine.architecture.groups,
                     out=keys[:, :, start:stop],
                 )

@@ -19,7 +19,7 @@ import xxhash
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from kvlink_rag.chunk import FORMAT_VERSION
+from kvlink_rag.attention import FOLDED_DTYPES
 from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.rope import RopeGroup, group_layers, rotate
 
@@ -32,6 +32,9 @@ ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 MASKABLE = frozenset({"sdpa", "eager"})
 """Attention implementations of transformers that take an additive 4-D mask."""
+
+_IDENTITY_VERSION = 1
+"""Of what a fingerprint is made of."""
 
 # Config entries that do not change what a model computes.
 _NOT_IDENTITY = frozenset(
@@ -71,8 +74,9 @@ class Architecture:
         groups: layers by their RoPE frequencies.
         windows: per layer, the sliding window in tokens, or None for full attention.
         max_tokens: the longest prompt the model was made for.
-        fingerprint: SHA-256 over configuration, every weight, number type and format version.
+        fingerprint: SHA-256 over configuration, every weight and number type.
         maskable: whether its attention takes a custom mask (`recompute` and `link` need one).
+        foldable: whether its attention is plain grouped-query attention, on a CPU.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Architecture:
     device: torch.device
     fingerprint: str
     maskable: bool
+    foldable: bool
 
     @property
     def bytes_per_token(self) -> int:
@@ -105,6 +110,7 @@ def inspect_model(model: PreTrainedModel, name: str) -> Architecture:
     config = model.config.get_text_config(decoder=True)
     windows = _windows(config, name)
     inv_freqs, keys, values = _probe(model, name)
+    attention = getattr(model.config, "_attn_implementation", None)
     return Architecture(
         name=name,
         layers=len(inv_freqs),
@@ -117,12 +123,13 @@ def inspect_model(model: PreTrainedModel, name: str) -> Architecture:
         dtype=keys.dtype,
         device=keys.device,
         fingerprint=fingerprint(model),
-        maskable=getattr(model.config, "_attn_implementation", None) in MASKABLE,
+        maskable=attention in MASKABLE,
+        foldable=attention == "sdpa" and keys.device.type == "cpu" and keys.dtype in FOLDED_DTYPES,
     )
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over configuration, RoPE, every weight, number type and format version.
+    """SHA-256 over configuration, RoPE, every weight and number type.
 
     All bytes of all weights are read (xxh3, at memory speed), so that any other model, whether
     fine-tuned, quantised or merged with an adapter, gets other caches.
@@ -136,7 +143,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         if flat.numel():
             weights.update(flat.view(torch.uint8).numpy().data)
     identity = {
-        "format": FORMAT_VERSION,
+        "format": _IDENTITY_VERSION,
         "class": type(model).__name__,
         "config": _identity(model.config.to_dict()),
         "dtype": str(model.dtype),

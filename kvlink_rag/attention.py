@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 NAME = "kvlink"
 BLOCK_ROWS = 384
 """Rows of a matrix product of scores: small enough for a block of scores to stay in cache."""
-_FOLDED_DTYPES = (torch.float32, torch.bfloat16)
+FOLDED_DTYPES = (torch.float32, torch.bfloat16)
 """Number types whose matrix products are fast on CPU."""
 
 
@@ -75,7 +75,7 @@ def attend(
     Returns:
         ``[batch, queries, heads, value_dim]``, and None for the weights.
     """
-    if query.device.type == "cpu" and query.dtype in _FOLDED_DTYPES and _is_plain(options):
+    if query.device.type == "cpu" and query.dtype in FOLDED_DTYPES and _is_plain(options):
         return attend_folded(query, key, value, attention_mask, options.get("scaling")), None
     before = key.shape[2] - query.shape[2]
     if attention_mask is None and query.shape[2] > 1 and before > 0:

@@ -11,7 +11,7 @@ import torch
 
 from kvlink_rag.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the chunk cache's meaning and layout; part of every key."""
 
 
@@ -80,8 +80,8 @@ class ChunkKV:
         behind: tokens it was encoded behind, whose own keys are not part of the cache; empty when
             it was encoded alone.
         fingerprint: identity of the model that made it (:mod:`kvlink_rag.architecture`).
-        keys: ``[layers, kv_heads, tokens, head_dim]``, position-free: the rotary embedding is
-            taken off (a yarn attention factor stays in).
+        keys: ``[layers, kv_heads, tokens, head_dim]`` at the positions where they were computed,
+            ``position, position + 1, ...``, whatever prompt they become part of.
         values: ``[layers, kv_heads, tokens, value_dim]``.
     """
 
@@ -95,6 +95,11 @@ class ChunkKV:
     def key(self) -> str:
         """The key under which a store keeps it."""
         return chunk_key(self.fingerprint, self.behind, self.token_ids)
+
+    @property
+    def position(self) -> int:
+        """Of the first token, as the keys are rotated: right behind what it was encoded behind."""
+        return len(self.behind)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Chunks to chunk caches: forward passes over batches of chunks, with the rotation taken off."""
+"""Chunks to chunk caches: forward passes over batches of chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from kvlink_rag.architecture import Architecture
 from kvlink_rag.attention import fast_attention
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.link import ContextCache
-from kvlink_rag.rope import shift_groups
 
 Memory = tuple[torch.Tensor, torch.Tensor]
 """Flat memory for keys and for values."""
@@ -121,20 +120,16 @@ class Encoder:
     def _record(
         self, cache: ContextCache, row: int, token_ids: tuple[int, ...], behind: tuple[int, ...]
     ) -> ChunkKV:
-        """One row's tokens behind ``behind``, copied out of the batch with the rotation off."""
+        """One row's tokens behind ``behind``, copied out of the batch."""
         start, stop = len(behind), len(behind) + len(token_ids)
-        positions = torch.arange(start, stop, device=cache.key_buffer.device)
-        keys = cache.key_buffer[:, row, :, start:stop]  # [layers, kv_heads, tokens, head_dim]
         return ChunkKV(
             token_ids=token_ids,
             behind=behind,
             fingerprint=self.architecture.fingerprint,
-            keys=shift_groups(
-                keys,
-                positions,
-                self.architecture.groups,
-                inverse=True,
-                out=torch.empty(keys.shape, dtype=keys.dtype, device=keys.device),
+            keys=cache.key_buffer[:, row, :, start:stop].clone(
+                memory_format=torch.contiguous_format
             ),
-            values=cache.value_buffer[:, row, :, start:stop].contiguous(),
+            values=cache.value_buffer[:, row, :, start:stop].clone(
+                memory_format=torch.contiguous_format
+            ),
         )

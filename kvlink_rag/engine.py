@@ -25,6 +25,7 @@ from kvlink_rag.errors import AdapterRequiredError, InputError, KVLinkWarning, S
 from kvlink_rag.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
 from kvlink_rag.forward import run_at, run_behind
 from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
+from kvlink_rag.in_place import LinkedContext, Span
 from kvlink_rag.link import ContextCache
 from kvlink_rag.load import Source, load
 from kvlink_rag.prefill import Prefill, RecomputeBy, Segment, SegmentKind, Strategy
@@ -63,6 +64,8 @@ class KVLinkEngine:
         architecture: the model's sizes and fingerprint.
         layout: the prompt's parts as token ids.
         stop_ids: tokens that end an answer.
+        in_place: whether `reuse` and `link` attend to chunk caches where they lie, instead of
+            copying them into one; on where model and device allow it.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class KVLinkEngine:
         self.strategy = _check_strategy(strategy, adapter)
         self.recompute_tokens = recompute_tokens
         self.recompute_by = _check_recompute_by(recompute_by)
+        self.in_place = self.architecture.foldable
         self._encoder = Encoder(self.model, self.architecture)
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self.stop_ids = stop_ids(model, tokenizer)
@@ -362,25 +366,30 @@ class KVLinkEngine:
         around = self._around(request)
         token_ids, segments = self._lay_out(request, around)
         self._check_length(len(token_ids) + new_tokens, "the prompt with its answer")
-        cache = self._encoder.new_cache(len(token_ids) + new_tokens)
         report.context_tokens = len(token_ids)
         report.tokenize_s = watch.lap()
         computed: list[tuple[ChunkKV, list[str]]] = []
-        if request.strategy != "full":
-            computed = self._link(request, token_ids, segments, cache, report, watch)
+        room = len(token_ids) + new_tokens
+        context: ContextCache | LinkedContext
+        if request.strategy == "full":
+            context = self._encoder.new_cache(room)
+        else:
+            context, computed = self._link(request, token_ids, segments, room, report, watch)
             if not around.lasting:  # a conversation goes on: nobody will ask for this prefix again
                 computed = [c for c in computed if c[0].token_ids != tuple(around.prefix)]
         links = self._links(request)
         with self._model_lock:
             if request.strategy == "recompute" and request.recompute_by == "question":
-                segments = self._most_attended(request, token_ids, segments, cache, report)
-            context, rest = _active_positions(segments, request.strategy)
-            logits = self._forward(cache, token_ids, context, rest, links)
+                segments = self._most_attended(request, token_ids, segments, context, report)
+            anew, rest = _active_positions(segments, request.strategy)
+            logits = self._forward(context, token_ids, anew, rest, links)
         report.forward_s = watch.lap()
-        report.computed_tokens += len(context) + len(rest)
+        report.computed_tokens += len(anew) + len(rest)
         report.ttft_s = watch.laps()
         positions = list(range(len(token_ids)))
-        prefill = Prefill(logits, token_ids, positions, segments, report, cache, self.reader, links)
+        prefill = Prefill(
+            logits, token_ids, positions, segments, report, context, self.reader, links
+        )
         return prefill, computed
 
     def _around(self, request: Request) -> PromptParts:
@@ -429,11 +438,15 @@ class KVLinkEngine:
         request: Request,
         token_ids: list[int],
         segments: list[Segment],
-        cache: ContextCache,
+        room: int,
         report: Report,
         watch: Stopwatch,
-    ) -> list[tuple[ChunkKV, list[str]]]:
-        """Fill the cache up to the question: load what is stored, compute what is not, link all."""
+    ) -> tuple[ContextCache | LinkedContext, list[tuple[ChunkKV, list[str]]]]:
+        """The context up to the question: load what is stored, compute what is not, link all.
+
+        Args:
+            room: tokens of prompt and answer.
+        """
         cached = [segment for segment in segments if segment.kind in ("prefix", "chunk")]
         texts = [tuple(token_ids[segment.start : segment.stop]) for segment in cached]
         found = self._load(dict.fromkeys(zip(texts, (s.behind for s in cached), strict=True)))
@@ -441,7 +454,7 @@ class KVLinkEngine:
         missing = [wanted for wanted, record in found.items() if record is None]
         computed = self._compute(missing)
         report.encode_s = watch.lap()
-        groups = self.architecture.groups
+        spans = []
         for segment, text in zip(cached, texts, strict=True):
             record = found[text, segment.behind]
             if segment.kind == "chunk":
@@ -450,8 +463,8 @@ class KVLinkEngine:
             if record is not None:
                 report.reused_tokens += len(text)
             if text:
-                cache.place(record or computed[text, segment.behind], segment.start, groups)
-        cache.set_length(segments[-1].start)  # link tokens' places are filled by the forward pass
+                spans.append(Span(record or computed[text, segment.behind], segment.start))
+        context = self._linked(spans, room, request.strategy, segments[-1].start)
         report.bytes_read = sum(record.nbytes for record in found.values() if record)
         report.computed_tokens = sum(len(text) for text, _ in missing)
         report.computed_tokens += sum(len(behind) for behind in {behind for _, behind in missing})
@@ -460,14 +473,27 @@ class KVLinkEngine:
         for text, chunk in zip(texts[1:], request.chunks, strict=True):
             if chunk.id is not None:
                 owners.setdefault(text, []).append(chunk.id)
-        return [(record, owners.get(record.token_ids, [])) for record in computed.values()]
+        return context, [(r, owners.get(r.token_ids, [])) for r in computed.values()]
+
+    def _linked(
+        self, spans: list[Span], room: int, strategy: Strategy, length: int
+    ) -> ContextCache | LinkedContext:
+        """Spans as one context; places of link tokens are left to the forward pass."""
+        if self.in_place and strategy in ("reuse", "link"):
+            own = self._encoder.new_cache(room - sum(span.stop - span.start for span in spans))
+            return LinkedContext(self.architecture, spans, own)
+        cache = self._encoder.new_cache(room)
+        for span in spans:
+            cache.place(span.record, span.start, self.architecture.groups)
+        cache.set_length(length)
+        return cache
 
     def _most_attended(
         self,
         request: Request,
         token_ids: list[int],
         segments: list[Segment],
-        cache: ContextCache,
+        cache: ContextCache | LinkedContext,
         report: Report,
     ) -> list[Segment]:
         """The segments, with those tokens of chunks in full view that the question attends to most.
@@ -475,6 +501,7 @@ class KVLinkEngine:
         Args:
             cache: the linked context, up to the question.
         """
+        assert isinstance(cache, ContextCache)  # as `recompute` has it
         places = [p for s in segments if s.kind == "chunk" for p in range(s.start, s.stop)]
         budget = min(request.recompute * len(request.chunks), len(places))
         chosen = set(places[:budget])
@@ -520,23 +547,25 @@ class KVLinkEngine:
 
     def _forward(
         self,
-        cache: ContextCache,
+        context: ContextCache | LinkedContext,
         token_ids: list[int],
-        context: list[int],
+        anew: list[int],
         rest: list[int],
         links: LinkTokens | None,
     ) -> torch.Tensor:
         """Logits of the prompt's last token: context tokens by the model, the rest by the reader.
 
         Args:
-            context: positions in prefix and chunks that are to be computed.
+            anew: positions in prefix and chunks that are to be computed.
             rest: positions of link tokens and question, computed after all of the context.
         """
+        if isinstance(context, LinkedContext):
+            return context.run(self.reader, [token_ids[place] for place in rest], rest, links)
         if self.reader is self.model:
-            context, rest = [], [*context, *rest]
-        if context:
-            self._run(self.model, cache, token_ids, context, None)
-        return self._run(self.reader, cache, token_ids, rest, links)
+            anew, rest = [], [*anew, *rest]
+        if anew:
+            self._run(self.model, context, token_ids, anew, None)
+        return self._run(self.reader, context, token_ids, rest, links)
 
     def _run(
         self,
@@ -686,7 +715,7 @@ class KVLinkEngine:
             if produced == count or token in self.stop_ids:
                 return
             with self._model_lock:
-                logits = run_behind(self.reader, prefill.cache, [token])
+                logits = prefill.run([token])
             token = sampler.choose(logits)
 
     # Async twins: the work runs in a thread, the event loop stays free.

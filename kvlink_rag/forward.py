@@ -39,7 +39,7 @@ def run_behind(
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     with fast_attention(model):
         out = model(
-            **_inputs(model, ids, links),
+            **inputs(model, ids, links),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -88,7 +88,7 @@ def run_at(
     try:
         with fast_attention(model), _layer_masks(model, masks):
             out = model(
-                **_inputs(model, torch.tensor([list(token_ids)], device=device), links),
+                **inputs(model, torch.tensor([list(token_ids)], device=device), links),
                 position_ids=where[None],
                 # An empty 4-D mask is passed on untouched by transformers and fits no attention:
                 # were a layer to miss its own mask, it would fail instead of seeing too much.
@@ -103,7 +103,7 @@ def run_at(
     return logits
 
 
-def _inputs(
+def inputs(
     model: PreTrainedModel, token_ids: torch.Tensor, links: LinkTokens | None
 ) -> dict[str, torch.Tensor]:
     """Ids, or embeddings where link tokens of the adapter's own may be among them."""

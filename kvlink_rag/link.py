@@ -144,9 +144,9 @@ class ContextCache(Cache):
         """
         stop = start + len(record.token_ids)
         device = self.key_buffer.device
-        positions = torch.arange(start, stop, device=device)
+        shift = torch.tensor([start - record.position], device=device)
         keys = record.keys.to(device, non_blocking=True)
         values = record.values.to(device, non_blocking=True)
         for row in range(self.key_buffer.shape[1]):
-            shift_groups(keys, positions, groups, out=self.key_buffer[:, row, :, start:stop])
+            shift_groups(keys, shift, groups, out=self.key_buffer[:, row, :, start:stop])
             self.value_buffer[:, row, :, start:stop].copy_(values)

@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kvlink_rag.adapter import LinkTokens
+from kvlink_rag.forward import run_behind
+from kvlink_rag.in_place import LinkedContext
 from kvlink_rag.link import ContextCache
 from kvlink_rag.report import Report
 
@@ -57,8 +59,7 @@ class Prefill:
         positions: of each token, ``0 ... len(token_ids) - 1``.
         segments: the parts of ``token_ids``, in order.
         report: what it cost; ``ttft_s`` here ends with the logits.
-        cache: keys and values of the whole prompt, a transformers ``Cache``: it can be given to
-            ``model.generate(past_key_values=...)``, which then owns it.
+        context: keys and values of the whole prompt.
         model: what link tokens and question ran through, and the answer runs through: the engine's
             model, with the LoRA of a cache-preserving adapter.
         links: the link tokens among ``token_ids``, whose ids are at or above the vocabulary's size
@@ -70,9 +71,31 @@ class Prefill:
     positions: list[int]
     segments: list[Segment]
     report: Report
-    cache: ContextCache
+    context: ContextCache | LinkedContext
     model: PreTrainedModel
     links: LinkTokens | None = None
+
+    @property
+    def cache(self) -> ContextCache:
+        """Keys and values of the whole prompt as a transformers ``Cache``.
+
+        It can be given to ``model.generate(past_key_values=...)``, which then owns it. Chunks that
+        were attended where they lie are copied into it when it is first asked for.
+        """
+        if isinstance(self.context, LinkedContext):
+            self.context = self.context.copied()
+        return self.context
+
+    def run(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Run more tokens behind the prompt; hold the model's lock.
+
+        Returns:
+            logits of the last token, ``[vocab]`` float32.
+        """
+        if isinstance(self.context, LinkedContext):
+            start = self.context.stop
+            return self.context.run(self.model, token_ids, range(start, start + len(token_ids)))
+        return run_behind(self.model, self.context, token_ids)
 
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings of tokens, ``[tokens, hidden]``, as the model was given them."""

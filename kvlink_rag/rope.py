@@ -1,8 +1,9 @@
-"""Rotary position embedding (RoPE) put on and taken off cached keys.
+"""Rotary position embedding (RoPE): cached keys, or queries, moved to other positions.
 
 RoPE is relative (Su et al., arXiv 2104.09864): rotating a key by ``position * inv_freq`` is all
-that a position does to it. A cache whose keys have the rotation taken off can therefore be put at
-any position, and holds exactly the keys it would have had there (KVLink, arXiv 2502.16002, 3.1).
+that a position does to it. A chunk whose keys are rotated on by ``shift * inv_freq`` therefore
+holds exactly the keys that it would have had ``shift`` positions later (KVLink, arXiv 2502.16002,
+3.1), and a query that is rotated back as far meets the keys where they are.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def rotate(
     inverse: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotate keys to ``positions``, or with ``inverse`` back from them to no position.
+    """Rotate keys by ``positions`` forward, or with ``inverse`` back.
 
     The angles and the products are float32 whatever the keys' type. A yarn model's attention
     factor is part of its cached keys already and is not applied here.
@@ -53,7 +54,7 @@ def rotate(
     Args:
         keys: ``[..., tokens, head_dim]``; dimensions beyond ``2 * len(inv_freq)`` do not rotate
             (partial rotary).
-        positions: ``[tokens]`` integers.
+        positions: ``[tokens]`` or, the same for all, ``[1]`` integers.
         inv_freq: ``[rotary_dim / 2]`` float32.
         out: where to write, same shape as ``keys``; may be ``keys`` itself. None makes a new one.
     """

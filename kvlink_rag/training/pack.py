@@ -244,8 +244,8 @@ class Packer:
             record = engine.cache_of(ids, engine.behind if place else (), keep=view != "full")
             stop = len(pack.context) + len(ids)
             where = slice(len(pack.context), stop)
-            positions = torch.arange(start, start + len(ids), device=a.device)
-            shift_groups(record.keys.to(a.device), positions, a.groups, out=keys[:, :, where])
+            shift = torch.tensor([start - record.position], device=a.device)
+            shift_groups(record.keys.to(a.device), shift, a.groups, out=keys[:, :, where])
             values[:, :, where] = record.values.to(a.device)
             pack.context += range(start, start + len(ids))
         return pack

@@ -6,6 +6,7 @@ import torch
 
 from kvlink_rag.architecture import inspect_model
 from kvlink_rag.encode import Encoder, plan_batches
+from kvlink_rag.rope import rotate, shift_groups
 
 
 def encoder(name: str) -> Encoder:
@@ -43,8 +44,8 @@ def test_neighbours_and_padding_in_a_batch_do_not_matter(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-yarn", "mistral", "qwen2"])
-def test_keys_are_position_free(name):
-    """They are the key projection's output: nothing of RoPE is left (yarn's factor stays in)."""
+def test_keys_are_where_they_were_computed(name):
+    """They are the key projection's output, rotated from the chunk's own beginning."""
     made = encoder(name)
     text = list(range(40, 60))
     projected: list[torch.Tensor] = []
@@ -58,6 +59,7 @@ def test_keys_are_position_free(name):
     finally:
         hook.remove()
     expected = projected[0].view(20, 2, 16).transpose(0, 1)
+    expected = rotate(expected, torch.arange(20), made.architecture.groups[0].inv_freq)
     scaling = getattr(tiny.model(name).model.rotary_emb, "attention_scaling", 1.0)
     assert (scaling != 1.0) == (name == "llama-yarn")
     torch.testing.assert_close(record.keys[0], expected * scaling, atol=2e-6, rtol=0)
@@ -68,8 +70,11 @@ def test_what_a_chunk_is_behind_changes_its_cache_and_is_not_in_it():
     text = list(range(40, 50))
     alone, behind = encode_one(made, text, []), encode_one(made, text, [1, 2, 3])
     assert alone.keys.shape == behind.keys.shape == (4, 2, 10, 16)
-    torch.testing.assert_close(alone.keys[0], behind.keys[0], atol=1e-5, rtol=0)
-    assert (alone.keys[1] - behind.keys[1]).abs().max() > 1e-2
+    assert (alone.position, behind.position) == (0, 3)
+    moved = torch.empty_like(alone.keys)
+    shift_groups(alone.keys, torch.tensor([3]), made.architecture.groups, out=moved)
+    torch.testing.assert_close(moved[0], behind.keys[0], atol=1e-5, rtol=0)
+    assert (moved[1] - behind.keys[1]).abs().max() > 1e-2
     assert alone.key != behind.key
 
 

@@ -1,0 +1,290 @@
+"""Chunk caches attended where they lie: nothing is copied, whatever the order of the chunks.
+
+RoPE is relative, so instead of moving a chunk's keys forward to its place in the prompt, a query is
+moved back by as much, once for each chunk. The keys stay as they are in the mapped file or in
+memory, for any number of prompts at a time. What a prompt adds of its own, link tokens, question
+and answer, is a small cache beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from kvlink_rag.adapter import LinkTokens
+from kvlink_rag.architecture import Architecture
+from kvlink_rag.attention import use_attention
+from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.forward import inputs
+from kvlink_rag.link import ContextCache
+
+NAME = "kvlink_in_place"
+BLOCK_QUERIES = 64
+"""Queries that attention is computed for at once: their scores stay in the processor's cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A chunk cache that a prompt reads.
+
+    Args:
+        record: keys and values; nothing changes them.
+        start: position of the first token in the prompt.
+    """
+
+    record: ChunkKV
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last token."""
+        return self.start + len(self.record.token_ids)
+
+    @property
+    def shift(self) -> int:
+        """How far the keys would have to move."""
+        return self.start - self.record.position
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Neighbouring queries that attention is computed for at once.
+
+    Attributes:
+        queries: which of the forward pass.
+        seen: indices of spans that some of them see, and what is added to the scores
+            (``[queries, tokens]``), or None where each sees all.
+        own: the same for the tokens that the prompt adds.
+    """
+
+    queries: slice
+    seen: list[tuple[int, torch.Tensor | None]]
+    own: torch.Tensor | None
+
+
+class LinkedContext:
+    """A prompt's context, made of spans and of the tokens that are computed for it.
+
+    Args:
+        architecture: of the model that the spans are for; on CPU.
+        spans: prefix and chunks, in any order.
+        own: an empty cache with room for all other tokens of prompt and answer.
+
+    Attributes:
+        positions: of the tokens in ``own``.
+    """
+
+    def __init__(
+        self, architecture: Architecture, spans: Sequence[Span], own: ContextCache
+    ) -> None:
+        self.architecture = architecture
+        self.spans = list(spans)
+        self.own = own
+        self.positions: list[int] = []
+        shifts = torch.tensor([span.shift for span in spans], dtype=torch.float32)
+        self._turns: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        for group in architecture.groups:
+            turn = None
+            if group.inv_freq is not None and spans:
+                angles = shifts[:, None] * group.inv_freq.to(torch.float32)
+                cos, sin = angles.cos(), angles.sin()
+                turn = (cos[:, None, None], sin[:, None, None])  # [spans, 1, 1, half]
+            count = len(range(*group.layers.indices(architecture.layers)))
+            self._turns += [turn] * count
+        self._blocks: dict[int | None, list[_Block]] = {}
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last token."""
+        ends = [span.stop for span in self.spans]
+        return max([*ends, *(position + 1 for position in self.positions)], default=0)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        model: PreTrainedModel,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        links: LinkTokens | None = None,
+    ) -> torch.Tensor:
+        """Run tokens, each seeing every token at a position up to its own, and keep them.
+
+        Args:
+            model: hold its lock.
+            positions: increasing, none of them taken.
+            links: link tokens that may be among ``token_ids``.
+
+        Returns:
+            logits of the last token, ``[vocab]`` float32.
+        """
+        self.positions += positions
+        self._blocks = {
+            window: list(self._plan(list(positions), window))
+            for window in set(self.architecture.windows)
+        }
+        with use_attention(model, NAME), _running(self):
+            out = model(
+                **inputs(model, torch.tensor([list(token_ids)]), links),
+                position_ids=torch.tensor([list(positions)]),
+                past_key_values=self.own,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: torch.Tensor = out.logits[0, -1].float()
+        return logits
+
+    def copied(self) -> ContextCache:
+        """All of it in one cache, with as much room for more tokens as there is here."""
+        a, own, used = self.architecture, self.own, len(self.positions)
+        capacity = self.stop + own.capacity - used
+        cache = ContextCache(
+            a.layers, a.kv_heads, a.head_dim, a.value_dim, capacity, dtype=a.dtype, device=a.device
+        )
+        for span in self.spans:
+            cache.place(span.record, span.start, a.groups)
+        where = torch.tensor(self.positions, dtype=torch.long)
+        cache.key_buffer.index_copy_(3, where, own.key_buffer[:, :, :, :used])
+        cache.value_buffer.index_copy_(3, where, own.value_buffer[:, :, :, :used])
+        cache.set_length(self.stop)
+        return cache
+
+    def _plan(self, positions: list[int], window: int | None) -> Iterator[_Block]:
+        """Who sees what in layers with this window."""
+        dtype = self.architecture.dtype
+        for start in range(0, len(positions), BLOCK_QUERIES):
+            queries = slice(start, min(start + BLOCK_QUERIES, len(positions)))
+            at = positions[queries]
+            seen = []
+            for index, span in enumerate(self.spans):
+                if _sees_some(at, span.start, span.stop, window):
+                    keys = range(span.start, span.stop)
+                    seen.append((index, _bias(at, keys, window, dtype)))
+            yield _Block(queries, seen, _bias(at, self.positions, window, dtype))
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        own_keys: torch.Tensor,
+        own_values: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Grouped-query attention; the query heads of a group share a matrix product.
+
+        Args:
+            query: ``[heads, queries, head_dim]``.
+            own_keys, own_values: ``[kv_heads, tokens, dim]``.
+
+        Returns:
+            ``[queries, heads, value_dim]``.
+        """
+        heads, queries, dim = query.shape
+        kv_heads = own_keys.shape[0]
+        folded = (query * scale).view(kv_heads, heads // kv_heads, queries, dim)
+        mixed = query.new_empty(queries, heads, own_values.shape[2])
+        result = mixed.view(queries, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
+        for block in self._blocks[self.architecture.windows[layer]]:
+            rows = folded[:, :, block.queries]
+            turned = self._turned(rows.reshape(kv_heads, -1, dim), layer)
+            scores, values = [], []
+            for index, bias in block.seen:
+                record = self.spans[index].record
+                scores.append(_scores(turned[index], record.keys[layer], bias))
+                values.append(record.values[layer])
+            scores.append(_scores(rows.reshape(kv_heads, -1, dim), own_keys, block.own))
+            values.append(own_values)
+            lengths = [each.shape[1] for each in values]
+            weights = torch.split_with_sizes(torch.cat(scores, -1).softmax(-1), lengths, -1)
+            parts = [torch.bmm(w, v) for w, v in zip(weights, values, strict=True)]
+            out = torch.stack(parts).sum(0, dtype=torch.float32)
+            result[:, :, block.queries] = out.view(*rows.shape[:3], -1).to(query.dtype)
+        return mixed
+
+    def _turned(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
+        """Queries as they meet each span's keys: ``[spans, kv_heads, rows, head_dim]``."""
+        turn = self._turns[layer]
+        if turn is None:
+            return rows.expand(len(self.spans), *rows.shape)
+        cos, sin = turn
+        half = cos.shape[-1]
+        first, second = rows[..., :half].float(), rows[..., half : 2 * half].float()
+        turned = rows.new_empty(len(self.spans), *rows.shape)
+        turned[..., :half] = first * cos + second * sin  # back: by the negative angle
+        turned[..., half : 2 * half] = second * cos - first * sin
+        turned[..., 2 * half :] = rows[..., 2 * half :]
+        return turned
+
+
+def _sees_some(at: Sequence[int], start: int, stop: int, window: int | None) -> bool:
+    """Whether one of the positions ``at`` (increasing) sees one of ``start ... stop - 1``."""
+    return start <= at[-1] and (window is None or at[0] - (stop - 1) < window)
+
+
+def _bias(
+    at: Sequence[int], keys: Sequence[int], window: int | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """``[queries, keys]``: 0 where a position sees another, else -inf; None if each sees all."""
+    if keys[-1] <= at[0] and (window is None or at[-1] - keys[0] < window):
+        return None
+    distance = torch.tensor(at)[:, None] - torch.tensor(keys)[None]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+def _scores(rows: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``[kv_heads, rows, tokens]``; the bias is the same for all query heads."""
+    scores = torch.bmm(rows, keys.transpose(1, 2))
+    if bias is not None:
+        scores.view(len(keys), -1, *bias.shape).add_(bias)
+    return scores
+
+
+_RUNNING: ContextVar[LinkedContext] = ContextVar("linked_context")
+
+
+@contextmanager
+def _running(context: LinkedContext) -> Iterator[None]:
+    token = _RUNNING.set(context)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: attention over the running context.
+
+    Args:
+        query: ``[1, heads, queries, head_dim]``.
+        key, value: of all own tokens, ``[1, kv_heads, tokens, dim]``.
+
+    Returns:
+        ``[1, queries, heads, value_dim]``, and None for the weights.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return _RUNNING.get().attend(layer, query[0], key[0], value[0], scale)[None], None
+
+
+def _no_mask(**_: Any) -> None:
+    """Who sees whom is the context's business."""
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, _no_mask)
