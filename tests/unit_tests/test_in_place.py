@@ -1,0 +1,142 @@
+"""Chunk caches attended where they lie give what copied ones give, and are left as they are."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny_adapters import LAYOUTS, adapter
+
+from kvlink_rag import Chunk, KVLinkEngine, in_place
+from kvlink_rag.in_place import LinkedContext
+from kvlink_rag.link import ContextCache
+
+MODELS = ["llama", "llama-yarn", "mistral", "qwen3", "gemma3", "phi", "phi3-sliding", "smollm3"]
+CHUNKS = [
+    Chunk("The tower is 330 m tall."),
+    Chunk("x"),
+    Chunk("Bees dance to tell where flowers are, and this is longer than any sliding window here."),
+    Chunk("Zürich lies on a lake; 湖 means lake."),
+]
+QUESTION = "How tall is the tower, and where do the bees dance when nobody looks at them?"
+TOLERANCE = {"atol": 1e-4, "rtol": 0}
+
+
+def engines(name: str, **options: Any) -> tuple[KVLinkEngine, KVLinkEngine]:
+    """One that attends in place, and one that copies; they share nothing but the weights."""
+    first, second = tiny.engine(name, **options), tiny.engine(name, **options)
+    assert first.in_place
+    second.in_place = False
+    return first, second
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_answers_are_those_of_copied_caches(
+    name: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_place, "BLOCK_QUERIES", block)
+    one, other = engines(name)
+    for chunks in (CHUNKS, CHUNKS[::-1], CHUNKS[:1], [CHUNKS[2]] * 3, []):
+        found, expected = one.prefill(QUESTION, chunks), other.prefill(QUESTION, chunks)
+        assert isinstance(found.context, LinkedContext)
+        assert isinstance(expected.context, ContextCache)
+        torch.testing.assert_close(found.logits, expected.logits, **TOLERANCE)
+        answers = [e.answer(QUESTION, chunks, max_new_tokens=12) for e in (one, other)]
+        assert answers[0].token_ids == answers[1].token_ids
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-sliding"])
+def test_linked_answers_are_those_of_copied_caches(name: str, layout: Any) -> None:
+    one, other = (
+        e.with_adapter(adapter(name, layout=layout)) for e in engines(name)
+    )
+    other.in_place = False
+    for chunks in (CHUNKS, CHUNKS[::-1]):
+        made = [e.prefill(QUESTION, chunks, strategy="link") for e in (one, other)]
+        assert isinstance(made[0].context, LinkedContext)
+        assert isinstance(made[1].context, ContextCache)
+        torch.testing.assert_close(made[0].logits, made[1].logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cache_that_is_asked_for_is_the_copied_one(name: str) -> None:
+    one, other = engines(name)
+    found, expected = one.prefill(QUESTION, CHUNKS), other.prefill(QUESTION, CHUNKS)
+    length = len(found.token_ids)
+    assert found.cache.get_seq_length() == expected.cache.get_seq_length() == length
+    assert found.cache.capacity == expected.cache.capacity
+    for buffer in ("key_buffer", "value_buffer"):
+        copied, made = (getattr(each.cache, buffer)[:, :, :, :length] for each in (found, expected))
+        torch.testing.assert_close(copied, made, **TOLERANCE)
+    assert found.cache is found.cache
+    torch.testing.assert_close(found.run([7]), expected.run([7]), **TOLERANCE)
+
+
+def test_records_are_read_alone() -> None:
+    one, _ = engines("llama")
+    one.index(CHUNKS, progress=False)
+    records = [one.store.get(key) for key in one.keys(CHUNKS)]
+    before = [(r.keys.clone(), r.values.clone()) for r in records if r]
+    assert len(before) == len(CHUNKS)
+    one.answer(QUESTION, CHUNKS, max_new_tokens=5)
+    _ = one.prefill(QUESTION, CHUNKS).cache
+    for record, (keys, values) in zip(records, before, strict=True):
+        assert record is not None
+        assert torch.equal(record.keys, keys)
+        assert torch.equal(record.values, values)
+
+
+def test_prompts_share_the_caches_and_do_not_disturb_each_other() -> None:
+    one, _ = engines("llama")
+    questions = [f"Question {number}?" for number in range(4)]
+    alone = [one.answer(q, CHUNKS, max_new_tokens=8).token_ids for q in questions]
+    found: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        found[number] = one.answer(questions[number], CHUNKS, max_new_tokens=8).token_ids
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] for number in range(4)] == alone
+    prefills = [one.prefill(q, CHUNKS) for q in questions[:2]]
+    spans = [prefill.context.spans for prefill in prefills]  # type: ignore[union-attr]
+    for mine, other in zip(*spans, strict=True):
+        assert mine.record.keys.data_ptr() == other.record.keys.data_ptr()
+
+
+def test_own_memory_is_that_of_question_and_answer() -> None:
+    one, _ = engines("llama")
+    prefill = one.prefill(QUESTION, CHUNKS)
+    assert isinstance(prefill.context, LinkedContext)
+    question = prefill.segments[-1]
+    assert prefill.context.own.capacity == question.stop - question.start
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_who_sees_whom(window: int | None) -> None:
+    at, keys = [3, 5, 9], range(2, 8)
+    bias = in_place._bias(at, keys, window, torch.float32)
+    assert bias is not None
+    for query, row in zip(at, bias, strict=True):
+        for key, value in zip(keys, row, strict=True):
+            sees = key <= query and (window is None or query - key < window)
+            assert float(value) == (0 if sees else float("-inf"))
+    assert in_place._bias([7, 8], range(5, 8), window, torch.float32) is None
+    assert in_place._sees_some([3, 4], 4, 9, window)
+    assert not in_place._sees_some([3, 4], 5, 9, window)
+    assert in_place._sees_some([9, 30], 2, 6, window) == (window is None)
+
+
+def test_models_and_devices_it_does_not_serve_copy() -> None:
+    assert not tiny.engine("gemma2").in_place  # caps its scores
+    engine = tiny.engine("llama")
+    assert isinstance(engine.prefill(QUESTION, CHUNKS, strategy="full").context, ContextCache)
+    assert isinstance(engine.prefill(QUESTION, CHUNKS, strategy="recompute").context, ContextCache)
