@@ -28,6 +28,7 @@ from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
 from kvlink_rag.in_place import LinkedContext, Span
 from kvlink_rag.link import ContextCache
 from kvlink_rag.load import Source, load
+from kvlink_rag.prefetch import Prefetcher, Wanted
 from kvlink_rag.prefill import Prefill, RecomputeBy, Segment, SegmentKind, Strategy
 from kvlink_rag.progress import bar
 from kvlink_rag.prompt import (
@@ -40,9 +41,6 @@ from kvlink_rag.prompt import (
 from kvlink_rag.relevance import attention_paid
 from kvlink_rag.report import IndexReport, Report, Stopwatch
 from kvlink_rag.store import KVStore, open_store
-
-_Wanted = tuple[tuple[int, ...], tuple[int, ...]]
-"""Token ids and what they are encoded behind."""
 
 BATCH_TOKENS = {"cpu": 1536}
 """Padded tokens in one forward pass while indexing; other devices than these take 16,384."""
@@ -111,6 +109,7 @@ class KVLinkEngine:
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self.stop_ids = stop_ids(model, tokenizer)
         self._model_lock = threading.RLock()
+        self._prefetcher = Prefetcher(self._wanted, self._load_one)
 
     @classmethod
     def from_pretrained(
@@ -192,6 +191,7 @@ class KVLinkEngine:
         """
         twin = copy.copy(self)
         twin.store = open_store(store)
+        twin._prefetcher = Prefetcher(twin._wanted, twin._load_one)
         return twin
 
     def with_adapter(self, adapter: str | Path | Adapter | None) -> KVLinkEngine:
@@ -229,6 +229,9 @@ class KVLinkEngine:
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
         """The store's keys of chunks, in order."""
         return [self._key(self.layout.chunk(chunk)) for chunk in as_chunks(chunks)]
+
+    def _wanted(self, chunk: Chunk) -> Wanted:
+        return tuple(self.layout.chunk(chunk)), self.behind
 
     def _key(self, token_ids: Sequence[int]) -> str:
         return chunk_key(self.fingerprint, self.behind, token_ids)
@@ -314,6 +317,17 @@ class KVLinkEngine:
             yield batch
 
     # Prefill
+
+    def prefetch(self, chunks: Iterable[str | Chunk]) -> None:
+        """Begin to load the caches of chunks that will probably be asked about; returns at once.
+
+        Each is handed to the first answer that needs it; some hundred wait, the oldest are let go
+        of. What is not stored is not computed ahead.
+
+        Raises:
+            InputError: a chunk is empty.
+        """
+        self._prefetcher.start(as_chunks(chunks))
 
     def prefill(
         self,
@@ -517,25 +531,26 @@ class KVLinkEngine:
             for s in segments
         ]
 
-    def _load(self, wanted: Iterable[_Wanted]) -> dict[_Wanted, ChunkKV | None]:
+    def _load(self, wanted: Iterable[Wanted]) -> dict[Wanted, ChunkKV | None]:
         """Records from the store, compared with what was asked for: no digest is trusted alone."""
-        found: dict[_Wanted, ChunkKV | None] = {}
-        for text, behind in wanted:
-            record = self.store.get(chunk_key(self.fingerprint, behind, text)) if text else None
-            if record and not record.is_for(self.fingerprint, behind, text):
-                warnings.warn(
-                    f"the store's entry {record.key[:12]}... is for other tokens or another model; "
-                    "computing it anew",
-                    KVLinkWarning,
-                    stacklevel=2,
-                )
-                record = None
-            found[text, behind] = record
-        return found
+        return {each: self._prefetcher.take(each) or self._load_one(each) for each in wanted}
 
-    def _compute(self, missing: Sequence[_Wanted]) -> dict[_Wanted, ChunkKV]:
+    def _load_one(self, wanted: Wanted) -> ChunkKV | None:
+        text, behind = wanted
+        record = self.store.get(chunk_key(self.fingerprint, behind, text)) if text else None
+        if record and not record.is_for(self.fingerprint, behind, text):
+            warnings.warn(
+                f"the store's entry {record.key[:12]}... is for other tokens or another model; "
+                "computing it anew",
+                KVLinkWarning,
+                stacklevel=2,
+            )
+            return None
+        return record
+
+    def _compute(self, missing: Sequence[Wanted]) -> dict[Wanted, ChunkKV]:
         """Encode what the store lacks: chunks behind ``self.behind``, the prefix alone."""
-        computed: dict[_Wanted, ChunkKV] = {}
+        computed: dict[Wanted, ChunkKV] = {}
         for behind in {behind for _, behind in missing}:
             texts = [text for text, its in missing if its == behind and text]
             with self._model_lock:

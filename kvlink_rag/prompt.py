@@ -35,6 +35,9 @@ Turn = Literal["user", "system"]
 _FIXED_DATE = "01 Jan 2024"
 _FIXED_DATE_MACRO = f"{{%- macro strftime_now(style) -%}}{_FIXED_DATE}{{%- endmacro -%}}"
 
+CHUNKS_REMEMBERED = 1024
+"""Chunks whose token ids are kept, so that a popular one is tokenised once."""
+
 _CHUNK = "{title}\n{text}\n\n"
 
 
@@ -121,6 +124,7 @@ class PromptLayout:
         self.template = template or PromptTemplate()
         self._control_ids, self._control_pattern = _control_tokens(tokenizer)
         self._render = lru_cache(maxsize=64)(self._render_json)
+        self._chunk = lru_cache(maxsize=CHUNKS_REMEMBERED)(self.encode_text)
         # Whether special tokens are text is a setting that transformers keeps in the tokenizer, for
         # all threads: ours is a tokenizer of its own, for one thread at a time.
         self._encoder = copy.deepcopy(tokenizer)
@@ -201,8 +205,8 @@ class PromptLayout:
         return self.lay_out(question, system).question
 
     def chunk(self, chunk: Chunk) -> list[int]:
-        """Token ids of one chunk, encoded on its own."""
-        return self.encode_text(render_chunk(chunk, self.template.chunk))
+        """Token ids of one chunk, encoded on its own; those of the last chunks are remembered."""
+        return list(self._chunk(render_chunk(chunk, self.template.chunk)))
 
     def behind(self, mode: EncodeBehind) -> list[int]:
         """Token ids that chunks are encoded behind.

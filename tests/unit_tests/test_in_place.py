@@ -52,9 +52,7 @@ def test_logits_and_answers_are_those_of_copied_caches(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-sliding"])
 def test_linked_answers_are_those_of_copied_caches(name: str, layout: Any) -> None:
-    one, other = (
-        e.with_adapter(adapter(name, layout=layout)) for e in engines(name)
-    )
+    one, other = (e.with_adapter(adapter(name, layout=layout)) for e in engines(name))
     other.in_place = False
     for chunks in (CHUNKS, CHUNKS[::-1]):
         made = [e.prefill(QUESTION, chunks, strategy="link") for e in (one, other)]
