@@ -73,6 +73,12 @@ class AnswerStream:
         """The text produced so far."""
         return self._texts.text
 
+    def finished(self) -> Answer:
+        """The whole answer: what is left of the stream is produced."""
+        for _ in self:
+            pass
+        return self.answer
+
     @property
     def answer(self) -> Answer:
         """The answer, once the stream has ended."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlink_rag.adapter import Adapter, LinkTokens, load_adapter, shipped_adapters
 from kvlink_rag.answer import Answer, AnswerStream, Request
 from kvlink_rag.architecture import Architecture, inspect_model
+from kvlink_rag.batch import answer_together
 from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
 from kvlink_rag.conversation import Message, as_messages
 from kvlink_rag.encode import Encoder
@@ -29,7 +30,7 @@ from kvlink_rag.in_place import LinkedContext, Span
 from kvlink_rag.link import ContextCache
 from kvlink_rag.load import Source, load
 from kvlink_rag.prefetch import Prefetcher, Wanted
-from kvlink_rag.prefill import Prefill, RecomputeBy, Segment, SegmentKind, Strategy
+from kvlink_rag.prefill import Prefill, Prompt, RecomputeBy, Segment, SegmentKind, Strategy
 from kvlink_rag.progress import bar
 from kvlink_rag.prompt import (
     DEFAULT_BEHIND,
@@ -41,6 +42,9 @@ from kvlink_rag.prompt import (
 from kvlink_rag.relevance import attention_paid
 from kvlink_rag.report import IndexReport, Report, Stopwatch
 from kvlink_rag.store import KVStore, open_store
+
+_Computed = tuple[ChunkKV, list[str]]
+"""A record that was computed, and ids of the documents that refer to it."""
 
 BATCH_TOKENS = {"cpu": 1536}
 """Padded tokens in one forward pass while indexing; other devices than these take 16,384."""
@@ -243,7 +247,7 @@ class KVLinkEngine:
         wanted = (tuple(token_ids), tuple(behind))
         record = self._load([wanted])[wanted]
         if record is None:
-            record = self._compute([wanted])[wanted]
+            record = self._compute({wanted: None})[wanted]
             if keep:
                 self._keep([(record, [])])
         return record
@@ -374,50 +378,56 @@ class KVLinkEngine:
 
     def _prefill(
         self, request: Request, new_tokens: int, watch: Stopwatch
-    ) -> tuple[Prefill, list[tuple[ChunkKV, list[str]]]]:
+    ) -> tuple[Prefill, list[_Computed]]:
         """The prefill and the records it had to compute (not yet stored)."""
         report = Report(request.strategy)
-        around = self._around(request)
-        token_ids, segments = self._lay_out(request, around)
-        self._check_length(len(token_ids) + new_tokens, "the prompt with its answer")
-        report.context_tokens = len(token_ids)
+        prompt = self._prompt(request, new_tokens)
+        report.context_tokens = len(prompt.token_ids)
         report.tokenize_s = watch.lap()
-        computed: list[tuple[ChunkKV, list[str]]] = []
-        room = len(token_ids) + new_tokens
+        computed: list[_Computed] = []
         context: ContextCache | LinkedContext
         if request.strategy == "full":
-            context = self._encoder.new_cache(room)
+            context = self._encoder.new_cache(prompt.room)
         else:
-            context, computed = self._link(request, token_ids, segments, room, report, watch)
-            if not around.lasting:  # a conversation goes on: nobody will ask for this prefix again
-                computed = [c for c in computed if c[0].token_ids != tuple(around.prefix)]
-        links = self._links(request)
+            found = self._load(prompt.wanted)
+            report.load_s = watch.lap()
+            made = self._compute(found)
+            report.encode_s = watch.lap()
+            context = self._link(request, prompt, found, made, report)
+            computed = self._computed(request, prompt, made)
+            report.link_s = watch.lap()
+        segments, links = prompt.segments, self._links(request)
         with self._model_lock:
             if request.strategy == "recompute" and request.recompute_by == "question":
-                segments = self._most_attended(request, token_ids, segments, context, report)
+                segments = self._most_attended(request, prompt, context, report)
             anew, rest = _active_positions(segments, request.strategy)
-            logits = self._forward(context, token_ids, anew, rest, links)
+            logits = self._forward(context, prompt.token_ids, anew, rest, links)
         report.forward_s = watch.lap()
         report.computed_tokens += len(anew) + len(rest)
         report.ttft_s = watch.laps()
-        positions = list(range(len(token_ids)))
-        prefill = Prefill(
-            logits, token_ids, positions, segments, report, context, self.reader, links
-        )
-        return prefill, computed
+        return self._prefilled(prompt, segments, logits, report, context, links), computed
 
-    def _around(self, request: Request) -> PromptParts:
-        """Token ids around the chunks, the adapter's among them where chunks are linked."""
-        parts = self.layout.lay_out(
-            request.messages, tools=request.tools, with_chunks=bool(request.chunks)
+    def _prefilled(
+        self,
+        prompt: Prompt,
+        segments: list[Segment],
+        logits: torch.Tensor,
+        report: Report,
+        context: ContextCache | LinkedContext,
+        links: LinkTokens | None,
+    ) -> Prefill:
+        positions = list(range(len(prompt.token_ids)))
+        return Prefill(
+            logits, prompt.token_ids, positions, segments, report, context, self.reader, links
         )
-        if self.adapter is None or not request.chunks or request.strategy == "full":
-            return parts
-        before, behind = self.adapter.around
-        return replace(parts, prefix=[*parts.prefix, *before], question=[*behind, *parts.question])
 
-    def _lay_out(self, request: Request, around: PromptParts) -> tuple[list[int], list[Segment]]:
-        """The prompt's token ids and what they are."""
+    def _prompt(self, request: Request, new_tokens: int) -> Prompt:
+        """The prompt's token ids and what they are.
+
+        Raises:
+            InputError: it is too long, or its messages do not fit the chat template.
+        """
+        around = self._around(request)
         token_ids: list[int] = []
         segments: list[Segment] = []
         for kind, slot, ids in self._parts(request, around):
@@ -429,7 +439,19 @@ class KVLinkEngine:
                 segments.append(Segment(kind, start, stop, slot, self.behind, view))
             else:
                 segments.append(Segment(kind, start, stop, slot, full_view=range(len(ids))))
-        return token_ids, segments
+        room = len(token_ids) + new_tokens
+        self._check_length(room, "the prompt with its answer")
+        return Prompt(token_ids, segments, room, around.lasting)
+
+    def _around(self, request: Request) -> PromptParts:
+        """Token ids around the chunks, the adapter's among them where chunks are linked."""
+        parts = self.layout.lay_out(
+            request.messages, tools=request.tools, with_chunks=bool(request.chunks)
+        )
+        if self.adapter is None or not request.chunks or request.strategy == "full":
+            return parts
+        before, behind = self.adapter.around
+        return replace(parts, prefix=[*parts.prefix, *before], question=[*behind, *parts.question])
 
     def _parts(
         self, request: Request, around: PromptParts
@@ -450,44 +472,44 @@ class KVLinkEngine:
     def _link(
         self,
         request: Request,
-        token_ids: list[int],
-        segments: list[Segment],
-        room: int,
+        prompt: Prompt,
+        found: Mapping[Wanted, ChunkKV | None],
+        made: Mapping[Wanted, ChunkKV],
         report: Report,
-        watch: Stopwatch,
-    ) -> tuple[ContextCache | LinkedContext, list[tuple[ChunkKV, list[str]]]]:
-        """The context up to the question: load what is stored, compute what is not, link all.
+    ) -> ContextCache | LinkedContext:
+        """The context up to the question; reports what it is made of.
 
         Args:
-            room: tokens of prompt and answer.
+            found, made: at least what the prompt wants: from the store, and computed.
         """
-        cached = [segment for segment in segments if segment.kind in ("prefix", "chunk")]
-        texts = [tuple(token_ids[segment.start : segment.stop]) for segment in cached]
-        found = self._load(dict.fromkeys(zip(texts, (s.behind for s in cached), strict=True)))
-        report.load_s = watch.lap()
-        missing = [wanted for wanted, record in found.items() if record is None]
-        computed = self._compute(missing)
-        report.encode_s = watch.lap()
         spans = []
-        for segment, text in zip(cached, texts, strict=True):
-            record = found[text, segment.behind]
+        for segment, wanted in zip(prompt.cached, prompt.wanted, strict=True):
+            record, text = found[wanted], wanted[0]
             if segment.kind == "chunk":
                 report.hits += record is not None
                 report.misses += record is None
             if record is not None:
                 report.reused_tokens += len(text)
             if text:
-                spans.append(Span(record or computed[text, segment.behind], segment.start))
-        context = self._linked(spans, room, request.strategy, segments[-1].start)
-        report.bytes_read = sum(record.nbytes for record in found.values() if record)
+                spans.append(Span(record or made[wanted], segment.start))
+        mine = dict.fromkeys(prompt.wanted)
+        report.bytes_read = sum(record.nbytes for each in mine if (record := found[each]))
+        missing = [wanted for wanted in mine if found[wanted] is None]
         report.computed_tokens = sum(len(text) for text, _ in missing)
         report.computed_tokens += sum(len(behind) for behind in {behind for _, behind in missing})
-        report.link_s = watch.lap()
-        owners: dict[tuple[int, ...], list[str]] = {}
-        for text, chunk in zip(texts[1:], request.chunks, strict=True):
+        return self._linked(spans, prompt.room, request.strategy, prompt.segments[-1].start)
+
+    def _computed(
+        self, request: Request, prompt: Prompt, made: Mapping[Wanted, ChunkKV]
+    ) -> list[_Computed]:
+        """What a prompt wants and was made, with the ids of the chunks that refer to it."""
+        owners: dict[Wanted, list[str]] = {}
+        for wanted, chunk in zip(prompt.wanted[1:], request.chunks, strict=True):
             if chunk.id is not None:
-                owners.setdefault(text, []).append(chunk.id)
-        return context, [(r, owners.get(r.token_ids, [])) for r in computed.values()]
+                owners.setdefault(wanted, []).append(chunk.id)
+        # a conversation goes on: nobody will ask for its prefix again
+        kept = prompt.wanted if prompt.lasting else prompt.wanted[1:]
+        return [(made[each], owners.get(each, [])) for each in dict.fromkeys(kept) if each in made]
 
     def _linked(
         self, spans: list[Span], room: int, strategy: Strategy, length: int
@@ -505,8 +527,7 @@ class KVLinkEngine:
     def _most_attended(
         self,
         request: Request,
-        token_ids: list[int],
-        segments: list[Segment],
+        prompt: Prompt,
         cache: ContextCache | LinkedContext,
         report: Report,
     ) -> list[Segment]:
@@ -516,11 +537,12 @@ class KVLinkEngine:
             cache: the linked context, up to the question.
         """
         assert isinstance(cache, ContextCache)  # as `recompute` has it
+        segments = prompt.segments
         places = [p for s in segments if s.kind == "chunk" for p in range(s.start, s.stop)]
         budget = min(request.recompute * len(request.chunks), len(places))
         chosen = set(places[:budget])
         if 0 < budget < len(places):  # else none or all, and nothing to measure
-            question = token_ids[segments[-1].start :]
+            question = prompt.token_ids[segments[-1].start :]
             paid = attention_paid(self.reader, cache, question)[places]
             report.computed_tokens += len(question)
             chosen = {places[i] for i in paid.topk(budget).indices.tolist()}
@@ -533,7 +555,10 @@ class KVLinkEngine:
 
     def _load(self, wanted: Iterable[Wanted]) -> dict[Wanted, ChunkKV | None]:
         """Records from the store, compared with what was asked for: no digest is trusted alone."""
-        return {each: self._prefetcher.take(each) or self._load_one(each) for each in wanted}
+        return {
+            each: self._prefetcher.take(each) or self._load_one(each)
+            for each in dict.fromkeys(wanted)
+        }
 
     def _load_one(self, wanted: Wanted) -> ChunkKV | None:
         text, behind = wanted
@@ -548,9 +573,10 @@ class KVLinkEngine:
             return None
         return record
 
-    def _compute(self, missing: Sequence[Wanted]) -> dict[Wanted, ChunkKV]:
-        """Encode what the store lacks: chunks behind ``self.behind``, the prefix alone."""
+    def _compute(self, found: Mapping[Wanted, ChunkKV | None]) -> dict[Wanted, ChunkKV]:
+        """Encode what was not found: chunks behind ``self.behind``, the prefix alone."""
         computed: dict[Wanted, ChunkKV] = {}
+        missing = [wanted for wanted, record in found.items() if record is None]
         for behind in {behind for _, behind in missing}:
             texts = [text for text, its in missing if its == behind and text]
             with self._model_lock:
@@ -597,7 +623,7 @@ class KVLinkEngine:
             return run_behind(model, cache, ids, links)
         return run_at(model, self.architecture, cache, ids, places, links)
 
-    def _keep(self, computed: Iterable[tuple[ChunkKV, list[str]]]) -> None:
+    def _keep(self, computed: Iterable[_Computed]) -> None:
         """Store what an answer had to compute; an answer never fails for want of disk."""
         try:
             self._put(computed)
@@ -677,9 +703,42 @@ class KVLinkEngine:
             tools=tools,
             **settings,
         )
-        for _ in stream:
-            pass
-        return stream.answer
+        return stream.finished()
+
+    def answer_batch(
+        self,
+        asked: Iterable[tuple[str | Sequence[Message], Iterable[str | Chunk]]],
+        *,
+        strategy: Strategy | None = None,
+        system: str | None = None,
+        recompute_tokens: int | None = None,
+        recompute_by: RecomputeBy | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        **settings: Any,
+    ) -> list[Answer]:
+        """Answers to several questions, each with its own chunks, in their order.
+
+        Where chunks are attended in place (:attr:`in_place`, strategies `reuse` and `link`), those
+        that several questions share are loaded and held once, and one forward pass serves all of
+        them: each answer is there later than alone, all together sooner. Otherwise, and with a
+        fidelity rate, they are answered one after the other. Nothing is answered if one of them is
+        refused.
+
+        Args:
+            asked: pairs of a question and its chunks; arguments and errors else as :meth:`answer`.
+        """
+        requests = [
+            self._request(question, chunks, strategy, system, recompute_tokens, recompute_by, tools)
+            for question, chunks in asked
+        ]
+        chosen = _settings(settings)
+        for request in requests:
+            self._prompt(request, chosen.max_new_tokens)
+        together = self.in_place and not self._monitor.rate
+        if requests and together and requests[0].strategy in ("reuse", "link"):
+            return answer_together(self, requests, chosen)
+        streams = [AnswerStream(self, request, chosen) for request in requests]
+        return [stream.finished() for stream in streams]
 
     # Fidelity
 
@@ -750,6 +809,14 @@ class KVLinkEngine:
     ) -> Fidelity:
         """:meth:`fidelity` in a thread."""
         return await asyncio.to_thread(self.fidelity, question, chunks, **options)
+
+    async def aanswer_batch(
+        self,
+        asked: Iterable[tuple[str | Sequence[Message], Iterable[str | Chunk]]],
+        **options: Any,
+    ) -> list[Answer]:
+        """:meth:`answer_batch` in a thread."""
+        return await asyncio.to_thread(self.answer_batch, asked, **options)
 
     async def aanswer(
         self, question: str | Sequence[Message], chunks: Iterable[str | Chunk], **options: Any

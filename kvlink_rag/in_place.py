@@ -105,7 +105,6 @@ class LinkedContext:
         ends = [span.stop for span in self.spans]
         return max([*ends, *(position + 1 for position in self.positions)], default=0)
 
-    @torch.inference_mode()
     def run(
         self,
         model: PreTrainedModel,
@@ -113,31 +112,16 @@ class LinkedContext:
         positions: Sequence[int],
         links: LinkTokens | None = None,
     ) -> torch.Tensor:
-        """Run tokens, each seeing every token at a position up to its own, and keep them.
+        """:func:`run_together` for this context alone; logits ``[vocab]``."""
+        return run_together(model, [Tokens(self, token_ids, positions)], links)[0]
 
-        Args:
-            model: hold its lock.
-            positions: increasing, none of them taken.
-            links: link tokens that may be among ``token_ids``.
-
-        Returns:
-            logits of the last token, ``[vocab]`` float32.
-        """
+    def expect(self, positions: Sequence[int]) -> None:
+        """Prepare for new tokens at these positions: who sees what."""
         self.positions += positions
         self._blocks = {
             window: list(self._plan(list(positions), window))
             for window in set(self.architecture.windows)
         }
-        with use_attention(model, NAME), _running(self):
-            out = model(
-                **inputs(model, torch.tensor([list(token_ids)]), links),
-                position_ids=torch.tensor([list(positions)]),
-                past_key_values=self.own,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits: torch.Tensor = out.logits[0, -1].float()
-        return logits
 
     def copied(self) -> ContextCache:
         """All of it in one cache, with as much room for more tokens as there is here."""
@@ -171,22 +155,25 @@ class LinkedContext:
         self,
         layer: int,
         query: torch.Tensor,
-        own_keys: torch.Tensor,
-        own_values: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Grouped-query attention; the query heads of a group share a matrix product.
+        """Grouped-query attention of the new tokens, whose keys and values are kept.
+
+        The query heads of a group share a matrix product.
 
         Args:
-            query: ``[heads, queries, head_dim]``.
-            own_keys, own_values: ``[kv_heads, tokens, dim]``.
+            query: ``[1, heads, queries, head_dim]``.
+            key, value: of the new tokens, ``[1, kv_heads, queries, dim]``.
 
         Returns:
             ``[queries, heads, value_dim]``.
         """
-        heads, queries, dim = query.shape
+        own_keys, own_values = (each[0] for each in self.own.update(key, value, layer))
+        _, heads, queries, dim = query.shape
         kv_heads = own_keys.shape[0]
-        folded = (query * scale).view(kv_heads, heads // kv_heads, queries, dim)
+        folded = (query[0] * scale).reshape(kv_heads, heads // kv_heads, queries, dim)
         mixed = query.new_empty(queries, heads, own_values.shape[2])
         result = mixed.view(queries, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
         for block in self._blocks[self.architecture.windows[layer]]:
@@ -247,12 +234,58 @@ def _scores(rows: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None) -
     return scores
 
 
-_RUNNING: ContextVar[LinkedContext] = ContextVar("linked_context")
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """New tokens of one context.
+
+    Args:
+        token_ids, positions: of the tokens; positions are increasing, and none of them is taken.
+    """
+
+    context: LinkedContext
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+
+
+@torch.inference_mode()
+def run_together(
+    model: PreTrainedModel, parts: Sequence[Tokens], links: LinkTokens | None = None
+) -> torch.Tensor:
+    """Run new tokens of several contexts in one forward pass, and keep them in their contexts.
+
+    Each token sees every token of its context at a position up to its own. All go through the
+    linear layers as one sequence: a forward pass over few tokens costs what reading the weights
+    costs.
+
+    Args:
+        model: hold its lock.
+        links: link tokens that may be among the tokens.
+
+    Returns:
+        logits of each context's last token, ``[contexts, vocab]`` float32.
+    """
+    token_ids = [token for part in parts for token in part.token_ids]
+    positions = [position for part in parts for position in part.positions]
+    last = torch.tensor([len(part.token_ids) for part in parts]).cumsum(0) - 1
+    for part in parts:
+        part.context.expect(part.positions)
+    with use_attention(model, NAME), _running(parts):
+        out = model(
+            **inputs(model, torch.tensor([token_ids]), links),
+            position_ids=torch.tensor([positions]),
+            use_cache=False,
+            logits_to_keep=last,
+        )
+    logits: torch.Tensor = out.logits[0].float()
+    return logits
+
+
+_RUNNING: ContextVar[Sequence[Tokens]] = ContextVar("running")
 
 
 @contextmanager
-def _running(context: LinkedContext) -> Iterator[None]:
-    token = _RUNNING.set(context)
+def _running(parts: Sequence[Tokens]) -> Iterator[None]:
+    token = _RUNNING.set(parts)
     try:
         yield
     finally:
@@ -268,22 +301,27 @@ def attend(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: attention over the running context.
+    """What transformers calls: attention of the running tokens, context by context.
 
     Args:
-        query: ``[1, heads, queries, head_dim]``.
-        key, value: of all own tokens, ``[1, kv_heads, tokens, dim]``.
+        query: ``[1, heads, tokens, head_dim]``; ``key`` and ``value`` alike with ``kv_heads``.
 
     Returns:
-        ``[1, queries, heads, value_dim]``, and None for the weights.
+        ``[1, tokens, heads, value_dim]``, and None for the weights.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    return _RUNNING.get().attend(layer, query[0], key[0], value[0], scale)[None], None
+    layer, start, mixed = int(module.layer_idx), 0, []  # type: ignore[arg-type]
+    for part in _RUNNING.get():
+        mine = slice(start, start + len(part.token_ids))
+        mixed.append(
+            part.context.attend(layer, query[:, :, mine], key[:, :, mine], value[:, :, mine], scale)
+        )
+        start = mine.stop
+    return torch.cat(mixed)[None], None
 
 
 def _no_mask(**_: Any) -> None:
-    """Who sees whom is the context's business."""
+    """Who sees whom is the contexts' business."""
 
 
 AttentionInterface.register(NAME, attend)

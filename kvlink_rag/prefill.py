@@ -13,6 +13,7 @@ from kvlink_rag.adapter import LinkTokens
 from kvlink_rag.forward import run_behind
 from kvlink_rag.in_place import LinkedContext
 from kvlink_rag.link import ContextCache
+from kvlink_rag.prefetch import Wanted
 from kvlink_rag.report import Report
 
 Strategy = Literal["full", "reuse", "link", "recompute"]
@@ -47,6 +48,39 @@ class Segment:
     slot: int | None = None
     behind: tuple[int, ...] = ()
     full_view: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as tokens.
+
+    Attributes:
+        token_ids: from its first token to where the answer begins.
+        segments: the parts of ``token_ids``, in order: prefix, chunks (and link tokens), question.
+        room: tokens of prompt and answer.
+        lasting: whether other questions have the same prefix.
+    """
+
+    token_ids: list[int]
+    segments: list[Segment]
+    room: int
+    lasting: bool
+
+    @property
+    def cached(self) -> list[Segment]:
+        """Prefix and chunks, whose caches may be stored."""
+        return [segment for segment in self.segments if segment.kind in ("prefix", "chunk")]
+
+    @property
+    def computed(self) -> list[int]:
+        """Positions of link tokens and question."""
+        computed = [s for s in self.segments if s.kind in ("link", "question")]
+        return [place for segment in computed for place in range(segment.start, segment.stop)]
+
+    @property
+    def wanted(self) -> list[Wanted]:
+        """Of prefix and chunks the token ids, and what they are encoded behind."""
+        return [(tuple(self.token_ids[s.start : s.stop]), s.behind) for s in self.cached]
 
 
 @dataclass(eq=False)

@@ -7,6 +7,17 @@ from dataclasses import dataclass
 
 from kvlink_rag.fidelity import Fidelity
 
+PARTS = (
+    "tokenize_s",
+    "load_s",
+    "encode_s",
+    "link_s",
+    "forward_s",
+    "fidelity_s",
+    "sample_s",
+)
+"""Of the time to the first token."""
+
 
 @dataclass
 class Report:
@@ -58,6 +69,11 @@ class Report:
     after_s: float = 0.0
     fidelity: Fidelity | None = None
     fell_back: bool = False
+
+    def add_times(self, other: Report) -> None:
+        """Take over the parts of the time to the first token from an answer made together."""
+        for name in (*PARTS, "ttft_s"):
+            setattr(self, name, getattr(other, name))
 
     @property
     def decode_s_per_token(self) -> float:

@@ -46,11 +46,11 @@ class Asked:
         self.engine = tiny.engine()
         self.prompts: list[list[int]] = []
         self.answers: list[list[int]] = []
-        lay_out, tokens = self.engine._lay_out, self.engine._tokens
+        lay_out, tokens = self.engine._prompt, self.engine._tokens
 
         def note_prompt(*args: Any) -> Any:
             found = lay_out(*args)
-            self.prompts.append(found[0])
+            self.prompts.append(found.token_ids)
             return found
 
         def note_answer(*args: Any) -> Any:
@@ -59,7 +59,7 @@ class Asked:
                 self.answers[-1].append(token)
                 yield token
 
-        self.engine._lay_out = note_prompt  # type: ignore[method-assign]
+        self.engine._prompt = note_prompt  # type: ignore[method-assign]
         self.engine._tokens = note_answer  # type: ignore[method-assign]
         self.chat = ChatKVLink(engine=self.engine, max_tokens=NEW_TOKENS)
 

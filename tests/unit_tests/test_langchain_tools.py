@@ -208,14 +208,14 @@ def test_a_streamed_call_is_on_the_last_chunk(engine: KVLinkEngine) -> None:
 
 def test_tools_are_shown_to_the_model(engine: KVLinkEngine) -> None:
     seen: list[str] = []
-    lay_out = engine._lay_out
+    lay_out = engine._prompt
 
     def note(*args: Any) -> Any:
         parts = lay_out(*args)
-        seen.append(engine.tokenizer.decode(parts[0]))
+        seen.append(engine.tokenizer.decode(parts.token_ids))
         return parts
 
-    engine._lay_out = note  # type: ignore[method-assign]
+    engine._prompt = note  # type: ignore[method-assign]
     chat = ChatKVLink(engine=engine, max_tokens=1)
     for choice, shown in {
         None: {"add", "search"},
@@ -246,14 +246,14 @@ def test_calls_and_answers_of_tools_go_back_to_the_model(engine: KVLinkEngine) -
     assert isinstance(answer, ToolMessage)
     del engine._tokens
     shown: list[str] = []
-    lay_out = engine._lay_out
+    lay_out = engine._prompt
 
     def note(*args: Any) -> Any:
         parts = lay_out(*args)
-        shown.append(engine.tokenizer.decode(parts[0]))
+        shown.append(engine.tokenizer.decode(parts.token_ids))
         return parts
 
-    engine._lay_out = note  # type: ignore[method-assign]
+    engine._prompt = note  # type: ignore[method-assign]
     chat.invoke([asked, called, answer], max_tokens=1)
     expected = "1+2?<|end|>\n<|start|>assistant\n<tool_call>"
     assert expected in shown[0]
