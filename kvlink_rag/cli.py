@@ -255,12 +255,18 @@ def bench(
         list[int] | None,
         typer.Option(help="Context length in tokens, repeatable. Default: 1000 to 8000."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each strategy and length.")] = 5,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Measure `link` with it. Default: the default model's own."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each way and length.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the chunks and their order.")] = 0,
 ) -> None:
     """Time to first token of every strategy against full prefill; indexing; decoding."""
     _prepare()
-    from kvlink_rag.bench import LENGTHS, run_bench, table, write
+    from kvlink_rag.adapter import shipped_adapters
+    from kvlink_rag.bench import run_bench, table, write
+    from kvlink_rag.bench.run import LENGTHS
     from kvlink_rag.demo import corpus_files
     from kvlink_rag.documents import Document, find_files, read_file
     from kvlink_rag.models import DEFAULT_MODEL
@@ -270,6 +276,7 @@ def bench(
     result = run_bench(
         _engine(model or DEFAULT_MODEL),
         [document.text for document in documents],
+        adapter=adapter or (shipped_adapters()[0] if model is None else None),
         lengths=length or LENGTHS,
         repeats=repeats,
         seed=seed,

@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from kvlink_rag.bench import machine
+from kvlink_rag.bench.series import machine
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.evaluation import ability
 from kvlink_rag.evaluation.data import read_set

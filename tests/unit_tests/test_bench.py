@@ -4,29 +4,86 @@ import json
 
 import pytest
 import tiny
+import torch
+from tiny_adapters import adapter
 
-from kvlink_rag import InputError
+from kvlink_rag import Chunk, InputError
 from kvlink_rag.bench import run_bench, table, write
+from kvlink_rag.bench.corpus import QUESTION
+from kvlink_rag.bench.decode import _cache_of_transformers
+from kvlink_rag.bench.indexing import MIXES
+from kvlink_rag.bench.ttft import drop_page_cache, plain_prefill
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 40]
 
 
 @pytest.fixture(scope="module")
 def result():
-    return run_bench(tiny.engine(), TEXTS, lengths=(300, 600), repeats=2, progress=False)
+    return run_bench(
+        tiny.engine(), TEXTS, adapter=adapter(), lengths=(300, 600), repeats=2, progress=False
+    )
 
 
-def test_every_strategy_is_measured_equally_often(result):
+WAYS = {
+    "full, transformers",
+    "full",
+    "recompute",
+    "reuse, page cache dropped",
+    "reuse",
+    "reuse, RAM tier",
+    "cache in place",
+    "one copy of the bytes",
+    "link",
+}
+
+
+def test_every_way_is_measured_equally_often(result):
     for each in result.lengths:
-        assert {n: len(s.seconds) for n, s in each.series.items()} == dict.fromkeys(
-            ("full", "reuse", "recompute", "floor"), 2
-        )
+        assert {name: len(s.values) for name, s in each.series.items()} == dict.fromkeys(WAYS, 2)
     assert [each.tokens for each in result.lengths] == pytest.approx([300, 600], rel=0.1)
     assert result.lengths[0].bytes_read > 0
-    assert [row.chunk_tokens for row in result.indexing] == [200, 500]
+    assert [row.chunk_tokens for row in result.indexing] == list(MIXES)
     for row in result.indexing:
-        assert len(row.index.seconds) == len(row.forward.seconds) == 2
+        assert len(row.index.values) == len(row.forward.values) == 2
         assert f"| {row.chunk_tokens} | {row.index.median:.0f} (" in table(result)
+    assert {name: len(s.values) for name, s in result.decode_s.items()} == {
+        "reuse": 2,
+        "transformers": 2,
+    }
+
+
+def test_both_ways_of_decoding_go_on_alike():
+    engine = tiny.engine()
+    chunks = [Chunk(text) for text in ("one fox", "two dogs", "three bees")]
+    one, other = (engine.prefill("How many?", chunks) for _ in range(2))
+    cache = _cache_of_transformers(other)
+    for token in (5, 6, 7):
+        ids = torch.tensor([[token]])
+        theirs = engine.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+        torch.testing.assert_close(one.run([token]), theirs, atol=1e-4, rtol=0)
+
+
+def test_plain_prefill_is_full_prefill(monkeypatch):
+    engine, seen = tiny.engine(), []
+    chunks = [Chunk(text) for text in ("one fox", "two dogs")]
+    expected = engine.prefill(QUESTION, chunks, strategy="full").token_ids
+    forward = engine.reader.forward
+
+    def note(*args, **options):
+        seen.append(options["input_ids"][0].tolist())
+        return forward(*args, **options)
+
+    monkeypatch.setattr(engine.reader, "forward", note)
+    assert plain_prefill(engine, chunks) > 0
+    assert seen[-1] == expected
+
+
+def test_dropping_the_page_cache_leaves_the_files(tmp_path):
+    engine = tiny.engine(store=tmp_path)
+    engine.index(["a fox"], progress=False)
+    drop_page_cache(tmp_path)
+    assert engine.store.verify().clean
+    assert engine.answer("?", ["a fox"], max_new_tokens=1).report.hits == 1
 
 
 def test_files_hold_what_was_measured(result, tmp_path):

@@ -1,0 +1,175 @@
+"""Time to the first token of one prompt, by every way there is to get it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from kvlink_rag.bench.corpus import QUESTION
+from kvlink_rag.bench.series import Series, Steps
+from kvlink_rag.chunk import Chunk
+from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.forward import run_behind
+from kvlink_rag.prefill import Strategy
+from kvlink_rag.prompt import PromptLayout
+from kvlink_rag.store import FolderStore
+from kvlink_rag.store.ram import RamTier
+
+RAM_BYTES = 1 << 32
+
+Way = Callable[[Sequence[Chunk]], float]
+"""Seconds to the first token of the question over chunks in an order."""
+
+
+@dataclass
+class LengthResult:
+    """All series at one prompt length.
+
+    Attributes:
+        tokens: of the whole prompt.
+        question_tokens: of these, behind the last chunk.
+        bytes_read: keys and values of the chunks.
+        series: seconds by way.
+    """
+
+    tokens: int
+    question_tokens: int
+    bytes_read: int
+    series: dict[str, Series]
+
+
+def measure_length(
+    engine: KVLinkEngine,
+    linking: KVLinkEngine | None,
+    folder: Path,
+    chunks: list[Chunk],
+    repeats: int,
+    rng: random.Random,
+    step: Steps,
+) -> LengthResult:
+    """Every way ``repeats`` times, in a new order of ways and of chunks each time.
+
+    Args:
+        linking: the same model with link tokens, if `link` is to be measured.
+    """
+    engine = engine.with_store(FolderStore(folder))
+    engine.index(chunks, progress=False)
+    prefill = engine.prefill(QUESTION, chunks, strategy="reuse")
+    ways = _ways(engine, folder, prefill.report.bytes_read)
+    if linking is not None:
+        linking = linking.with_store(engine.store)
+        linking.index(chunks, progress=False)  # a whole-model adapter has caches of its own
+        ways["link"] = partial(_first_token, linking, strategy="link")
+    for way in ways.values():  # warm-up: first use of shapes, pages, kernels
+        way(chunks)
+    series = {name: Series() for name in ways}
+    for _ in range(repeats):
+        order = rng.sample(chunks, len(chunks))
+        for name in rng.sample(list(ways), len(ways)):
+            series[name].values.append(ways[name](order))
+        step()
+    question = prefill.segments[-1]
+    return LengthResult(
+        tokens=len(prefill.token_ids),
+        question_tokens=question.stop - question.start,
+        bytes_read=prefill.report.bytes_read,
+        series=series,
+    )
+
+
+def _ways(engine: KVLinkEngine, folder: Path, nbytes: int) -> dict[str, Way]:
+    """By name."""
+    in_memory = engine.with_store(RamTier(engine.store, RAM_BYTES))
+    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+
+    def dropped(chunks: Sequence[Chunk]) -> float:
+        drop_page_cache(folder)
+        return _first_token(engine, chunks, "reuse")
+
+    def copied(_: Sequence[Chunk]) -> float:
+        start = time.perf_counter()
+        target.copy_(source)
+        return time.perf_counter() - start
+
+    ways: dict[str, Way] = {
+        "full, transformers": lambda chunks: plain_prefill(engine, chunks),
+        "full": lambda chunks: _first_token(engine, chunks, "full"),
+        "recompute": lambda chunks: _first_token(engine, chunks, "recompute"),
+        "reuse, page cache dropped": dropped,
+        "reuse": lambda chunks: _first_token(engine, chunks, "reuse"),
+        "reuse, RAM tier": lambda chunks: _from_memory(in_memory, chunks),
+        "cache in place": lambda chunks: _in_place(engine, chunks),
+        "one copy of the bytes": copied,
+    }
+    if not hasattr(os, "posix_fadvise"):
+        del ways["reuse, page cache dropped"]
+    return ways
+
+
+def _first_token(engine: KVLinkEngine, chunks: Sequence[Chunk], strategy: Strategy) -> float:
+    """Wall time from the call to the first token in hand, in a process new to the chunks' texts."""
+    engine = copy.copy(engine)
+    engine.layout = PromptLayout(engine.tokenizer, engine.layout.template)
+    return _timed(engine, chunks, strategy)
+
+
+def _from_memory(engine: KVLinkEngine, chunks: Sequence[Chunk]) -> float:
+    """The same where process and RAM tier have met the chunks before."""
+    for _ in range(2):  # asked for, then kept
+        engine.prefill(QUESTION, chunks, strategy="reuse")
+        store = engine.store
+        assert isinstance(store, RamTier)
+        store.flush()
+    return _timed(engine, chunks, "reuse")
+
+
+def _timed(engine: KVLinkEngine, chunks: Sequence[Chunk], strategy: Strategy) -> float:
+    start = time.perf_counter()
+    engine.answer(QUESTION, chunks, strategy=strategy, max_new_tokens=1)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def plain_prefill(engine: KVLinkEngine, chunks: Sequence[Chunk]) -> float:
+    """The same prompt through the transformers model with nothing of ours, tokenised before."""
+    segments = [engine.layout.chunk(chunk) for chunk in chunks]
+    parts = engine.layout.lay_out(QUESTION)
+    token_ids = [*parts.prefix, *(t for ids in segments for t in ids), *parts.question]
+    start = time.perf_counter()
+    ids = torch.tensor([token_ids], device=engine.model.device)
+    int(engine.reader(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+    return time.perf_counter() - start
+
+
+def _in_place(engine: KVLinkEngine, chunks: Sequence[Chunk]) -> float:
+    """The question's forward pass over a cache in place (its preparation is not timed)."""
+    prefill = engine.prefill(QUESTION, chunks, strategy="reuse")
+    question = prefill.segments[-1]
+    token_ids = prefill.token_ids[question.start :]
+    cache = prefill.cache
+    cache.set_length(question.start)
+    run_behind(engine.reader, cache, token_ids)  # as a prefix cache that was hit before
+    cache.set_length(question.start)
+    start = time.perf_counter()
+    int(run_behind(engine.reader, cache, token_ids).argmax())
+    return time.perf_counter() - start
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Let the operating system forget the contents of the files in a folder."""
+    gc.collect()  # mapped files cannot be dropped
+    for path in folder.rglob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
