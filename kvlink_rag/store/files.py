@@ -16,13 +16,21 @@ from pathlib import Path
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError
 from kvlink_rag.store.catalog import Entry
-from kvlink_rag.store.record import CorruptRecord, read_header, read_record, write_record
+from kvlink_rag.store.record import (
+    CorruptRecord,
+    MappedRecord,
+    map_record,
+    read_header,
+    write_record,
+)
 
 KEY = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
 TEMPORARY = re.compile(r"\.writing-([0-9a-f]{8})-(\d+)-[0-9a-f]+")
 ABANDONED_S = 3600.0
 """After this time a temporary file counts as left behind, whoever wrote it."""
+MAPPED = 4096
+"""Files that are remembered as mapped before those that nobody holds are forgotten."""
 HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 """A process id says something only about processes of this machine."""
 
@@ -42,6 +50,7 @@ class ChunkFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._mapped: dict[str, tuple[tuple[int, ...], MappedRecord]] = {}
 
     def path(self, key: str) -> Path:
         """Where the cache under ``key`` is kept.
@@ -54,13 +63,28 @@ class ChunkFiles:
         return self.folder / key[:2] / f"{key}{SUFFIX}"
 
     def read(self, key: str) -> ChunkKV:
-        """The verified cache under ``key``.
+        """The verified cache under ``key``; one mapping of the file serves all who hold it.
 
         Raises:
             CorruptRecord: the file is damaged or holds another chunk's cache.
             OSError: it cannot be read, or is not there.
         """
-        return read_record(self.path(key), key)
+        path = self.path(key)
+        stat = path.stat()
+        # a file that was shortened must not be read through a mapping of what it was
+        identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        known = self._mapped.get(key)
+        if known and known[0] == identity and (record := known[1].verified()):
+            return record
+        record, mapped = map_record(path, key)
+        self._forget()
+        self._mapped[key] = (identity, mapped)
+        return record
+
+    def _forget(self) -> None:
+        """Drop what nobody holds any more, once it is much."""
+        if len(self._mapped) >= MAPPED:
+            self._mapped = {k: each for k, each in self._mapped.copy().items() if each[1].record()}
 
     def write(self, record: ChunkKV) -> tuple[Path, int]:
         """Write a cache to a temporary file beside its place and sync it.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,30 @@ def _raw(tensor: torch.Tensor) -> memoryview:
     return raw
 
 
+@dataclass(frozen=True, eq=False)
+class MappedRecord:
+    """A chunk cache that was read, as long as somebody else holds it, and how to verify it again.
+
+    The same file is not mapped anew for each of several prompts that read it at a time.
+    """
+
+    record: weakref.ref[ChunkKV]
+    metadata: Mapping[str, str]
+    ids: Mapping[str, torch.Tensor]
+
+    def verified(self) -> ChunkKV | None:
+        """The cache, if it is still held.
+
+        Raises:
+            CorruptRecord: its bytes were changed meanwhile.
+        """
+        record = self.record()
+        if record is not None:
+            tensors = {**self.ids, "keys": record.keys, "values": record.values}
+            _verify(self.metadata, tensors)
+        return record
+
+
 def read_record(path: Path, key: str | None = None) -> ChunkKV:
     """Read a chunk cache and verify all of it; the tensors are views of the mapped file.
 
@@ -127,6 +153,11 @@ def read_record(path: Path, key: str | None = None) -> ChunkKV:
         CorruptRecord: with the reason, for anything that :func:`write_record` did not write.
         OSError: the file cannot be read at all.
     """
+    return map_record(path, key)[0]
+
+
+def map_record(path: Path, key: str | None = None) -> tuple[ChunkKV, MappedRecord]:
+    """:func:`read_record`, and what is needed to share the mapping."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = _metadata(file.metadata())
@@ -139,9 +170,15 @@ def read_record(path: Path, key: str | None = None) -> ChunkKV:
         # safetensors turns some errors of the operating system into its own: tell them apart
         with open(path, "rb"):
             raise CorruptRecord(f"it is no safetensors file: {error}") from error
+    _verify(metadata, tensors)
+    record = _record(metadata, tensors)
+    ids = {name: tensors[name].clone() for name in ("behind", "token_ids")}
+    return record, MappedRecord(weakref.ref(record), metadata, ids)
+
+
+def _verify(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
     if _checksum(metadata, tensors) != metadata["checksum"]:
         raise CorruptRecord("its checksum does not hold")
-    return _record(metadata, tensors)
 
 
 def read_header(path: Path) -> tuple[str, int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sqlite3
 import threading
@@ -17,7 +18,7 @@ from kvlink_rag.store import FolderStore, KVStore, MemoryStore, StoreStat, open_
 from kvlink_rag.store import files as files_module
 from kvlink_rag.store import folder as folder_module
 from kvlink_rag.store.catalog import Entry
-from kvlink_rag.store.record import CorruptRecord, read_record
+from kvlink_rag.store.record import CorruptRecord, map_record
 
 ABSENT = "0" * 64
 
@@ -271,10 +272,10 @@ def test_a_dropped_file_is_not_one_that_was_stored_anew(
     folder.put(record, ["a"])
 
     def damaged_once(path: Path, key: str) -> ChunkKV:
-        monkeypatch.setattr(files_module, "read_record", read_record)
+        monkeypatch.setattr(files_module, "map_record", map_record)
         raise CorruptRecord("another process replaces it right now")
 
-    monkeypatch.setattr(files_module, "read_record", damaged_once)
+    monkeypatch.setattr(files_module, "map_record", damaged_once)
     with pytest.warns(KVLinkWarning):
         assert folder.get(record.key) is None
     assert folder.get(record.key) is not None
@@ -374,3 +375,56 @@ class TestOpenStore:
     def test_other_things_are_refused(self, store: object) -> None:
         with pytest.raises(InputError):
             open_store(store)  # type: ignore[arg-type]
+
+
+def test_prompts_at_a_time_share_one_mapping_of_a_file(folder: FolderStore) -> None:
+    record = make_record(1, 2, 3)
+    folder.put(record)
+    one, other = folder.get(record.key), folder.get(record.key)
+    assert one is other
+    del one, other
+    gc.collect()
+    assert folder.get(record.key) is not None
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["as if unchanged", "later"])
+def test_a_shared_mapping_is_verified_each_time(folder: FolderStore, again: bool) -> None:
+    record = make_record(1, 2, 3)
+    folder.put(record)
+    held = folder.get(record.key)
+    path = file_of(folder, record)
+    before = path.stat()
+    damage(path)
+    if again:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.warns(KVLinkWarning, match="checksum"):
+        assert folder.get(record.key) is None
+    assert held is not None
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_file_that_is_shortened_while_it_is_held_is_read_anew(
+    folder: FolderStore, keep: int
+) -> None:
+    record = make_record(1, 2, 3)
+    folder.put(record)
+    held = folder.get(record.key)
+    path = file_of(folder, record)
+    os.truncate(path, keep if keep >= 0 else path.stat().st_size + keep)
+    with pytest.warns(KVLinkWarning, match="dropped"):
+        assert folder.get(record.key) is None
+    assert held is not None
+
+
+def test_mappings_that_nobody_holds_are_forgotten(
+    folder: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "MAPPED", 3)
+    records = [make_record(number) for number in range(8)]
+    for record in records:
+        folder.put(record)
+    held = folder.get(records[0].key)
+    for record in records[1:]:
+        assert folder.get(record.key) is not None
+    assert len(folder._files._mapped) <= 4
+    assert folder.get(records[0].key) is held

@@ -1,0 +1,103 @@
+"""What an answer costs in memory: the chunks' caches once, however many questions share them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvlink_rag import Chunk, KVLinkEngine
+from kvlink_rag.models import DEFAULT_MODEL
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(
+        not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux"
+    ),
+]
+QUESTIONS = 16
+
+CHILD = """
+import json, sys, threading
+from pathlib import Path
+from kvlink_rag import Chunk, KVLinkEngine
+
+def status(name):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+
+def peak(act):
+    '''Bytes of memory at most while acting, mapped files among them, above those before.'''
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    act()
+    return status("VmHWM") - before
+
+model, store, texts, how = json.loads(sys.stdin.read())
+engine = KVLinkEngine.from_pretrained(model, store=store)
+engine.answer("Are you ready?", [], max_new_tokens=2)
+chunks = [Chunk(text) for text in texts]
+reports = []
+
+def ask(number):
+    answer = engine.answer(f"What is said about number {number}?", chunks, max_new_tokens=8)
+    reports.append(answer.report)
+
+def threads():
+    all = [threading.Thread(target=ask, args=(number,)) for number in range(QUESTIONS)]
+    for each in all:
+        each.start()
+    for each in all:
+        each.join()
+
+def batch():
+    asked = [(f"What is said about number {number}?", chunks) for number in range(QUESTIONS)]
+    reports.extend(answer.report for answer in engine.answer_batch(asked, max_new_tokens=8))
+
+used = peak({"one": lambda: ask(0), "threads": threads, "batch": batch}[how])
+print(json.dumps([used, reports[0].bytes_read, [r.misses for r in reports]]))
+""".replace("QUESTIONS", str(QUESTIONS))
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """A store with ten chunks of about 400 tokens, and their texts."""
+    store = str(tmp_path_factory.mktemp("store"))
+    texts = [f"Report {n}. " + f"The number {n} comes before {n + 1}. " * 40 for n in range(10)]
+    KVLinkEngine.from_pretrained(DEFAULT_MODEL, store=store).index(
+        [Chunk(text) for text in texts], progress=False
+    )
+    return store, texts
+
+
+def measured(indexed: tuple[str, list[str]], how: str) -> tuple[float, Any]:
+    """Peak memory in units of the context's cache, and the misses."""
+    store, texts = indexed
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=json.dumps([DEFAULT_MODEL, store, texts, how]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    used, nbytes, misses = json.loads(child.stdout.splitlines()[-1])
+    print(f"{how}: {used / 1e6:.0f} MB, {used / nbytes:.2f} times {nbytes / 1e6:.0f} MB")
+    return used / nbytes, misses
+
+
+@pytest.mark.parametrize(
+    ("how", "questions", "most"),
+    [("one", 1, 1.3), ("threads", QUESTIONS, 2), ("batch", QUESTIONS, 2)],
+)
+def test_caches_are_held_once(
+    indexed: tuple[str, list[str]], how: str, questions: int, most: float
+) -> None:
+    times, misses = measured(indexed, how)
+    assert misses == [0] * questions
+    assert 0.9 < times <= most
