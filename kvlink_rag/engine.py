@@ -121,6 +121,7 @@ class KVLinkEngine:
         model: Source,
         *,
         store: str | Path | KVStore | None = None,
+        ram_bytes: int = 0,
         strategy: Strategy = "reuse",
         adapter: str | Path | Adapter | None = None,
         device: str | torch.device = "auto",
@@ -138,6 +139,8 @@ class KVLinkEngine:
             model: hub id, local folder, GGUF file (loaded with dense weights), or a
                 ``(model, tokenizer)`` pair already in memory.
             store: folder for chunk caches, or any store; None keeps them in memory.
+            ram_bytes: keep so much of what was read last from the folder in memory, which spares
+                reading and verifying it.
             strategy: the default for every answer: `reuse`, `recompute`, `full`, or with an adapter
                 `link`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
@@ -172,7 +175,7 @@ class KVLinkEngine:
             loaded,
             tokenizer,
             name=name,
-            store=open_store(store),
+            store=open_store(store, ram_bytes),
             strategy=strategy,
             adapter=trained,
             encode_behind=encode_behind,

@@ -399,7 +399,16 @@ class Noting(VectorStore):
 
     def __getattribute__(self, name: str) -> Any:
         if name in SEARCHES:
-            return lambda *args, **kwargs: self.calls.append((name, args, kwargs)) or name
+            found = [Document(name)] if "search" in name else name
+
+            def note(*args: Any, **kwargs: Any) -> Any:
+                self.calls.append((name, args, kwargs))
+                return found
+
+            async def anote(*args: Any, **kwargs: Any) -> Any:
+                return note(*args, **kwargs)
+
+            return anote if name.startswith("a") else note
         return super().__getattribute__(name)
 
     def similarity_search(self, *args: Any, **kwargs: Any) -> list[Document]:
@@ -431,7 +440,9 @@ class TestSearching:
     def test_searches_are_the_wrapped_stores(self, engine: KVLinkEngine, name: str) -> None:
         wrapped = Noting()
         store = KVLinkVectorStore(wrapped, engine)
-        assert getattr(store, name)("a", 7, filter={"b": 1}) == name
+        found = getattr(store, name)("a", 7, filter={"b": 1})
+        found = asyncio.run(found) if name.startswith("a") else found
+        assert found == ([Document(name)] if "search" in name else name)
         assert wrapped.calls == [(name, ("a", 7), {"filter": {"b": 1}})]
 
     def test_every_search_of_a_vector_store_is_passed_on(self) -> None:
@@ -645,3 +656,53 @@ def test_a_fresh_process_answers_without_a_miss(tmp_path: Path) -> None:
         env={"PYTHONPATH": ":".join([str(ROOT / "tests"), *sys.path]), "OMP_NUM_THREADS": "1"},
     )
     assert out.stdout.splitlines() == [str([3, 0, True, expected.text]), "4"]
+
+
+class Prefetched:
+    """Texts of the chunks that an engine was told to load ahead."""
+
+    def __init__(self, engine: KVLinkEngine) -> None:
+        self.texts: list[str] = []
+        engine.prefetch = self._note  # type: ignore[method-assign]
+
+    def _note(self, chunks: Any) -> None:
+        self.texts += [chunk.text for chunk in chunks]
+
+
+OF_DOCUMENTS: list[tuple[str, Any]] = [
+    ("search", {"query": "q", "search_type": "similarity"}),
+    ("similarity_search", {"query": "q"}),
+    ("similarity_search_with_score", {"query": "q"}),
+    ("similarity_search_with_relevance_scores", {"query": "q"}),
+    ("similarity_search_by_vector", {"embedding": [0.1] * 8}),
+    ("max_marginal_relevance_search", {"query": "q"}),
+    ("max_marginal_relevance_search_by_vector", {"embedding": [0.1] * 8}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OF_DOCUMENTS, ids=[name for name, _ in OF_DOCUMENTS])
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.filterwarnings("ignore:Relevance scores must be")
+def test_what_is_found_begins_to_load(
+    engine: KVLinkEngine, name: str, options: dict[str, Any], is_async: bool
+) -> None:
+    prompt = PromptTemplate.from_template("{source}: {page_content}")
+    inner = FAISS.from_documents([document(1), document(2)], EMBEDDINGS)
+    inner.relevance_score_fn = lambda score: 1 - score
+    store = KVLinkVectorStore(inner, engine, document_prompt=prompt)
+    ahead = Prefetched(engine)
+    call = getattr(store, f"a{name}" if is_async else name)
+    found = asyncio.run(call(k=2, **options)) if is_async else call(k=2, **options)
+    documents = [each[0] if isinstance(each, tuple) else each for each in found]
+    expected = [f"{each.metadata['source']}: {each.page_content}" for each in documents]
+    assert len(expected) == 2
+    assert ahead.texts == expected
+
+
+def test_a_search_finds_what_cannot_be_shown(engine: KVLinkEngine) -> None:
+    inner = InMemoryVectorStore.from_texts(["a", " "], EMBEDDINGS)
+    prompt = PromptTemplate.from_template("{missing}: {page_content}")
+    ahead = Prefetched(engine)
+    assert len(KVLinkVectorStore(inner, engine, prompt).similarity_search("q")) == 2
+    assert len(KVLinkVectorStore(inner, engine).similarity_search("q")) == 2
+    assert ahead.texts == ["a"]

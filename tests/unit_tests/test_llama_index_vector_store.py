@@ -22,7 +22,11 @@ from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores import MetadataFilter, MetadataFilters, SimpleVectorStore
-from llama_index.core.vector_stores.types import BasePydanticVectorStore, VectorStoreQuery
+from llama_index.core.vector_stores.types import (
+    BasePydanticVectorStore,
+    VectorStoreQuery,
+    VectorStoreQueryResult,
+)
 from llama_index.llms.kvlink import (
     KVLinkQueryEngine,
     KVLinkSynthesizer,
@@ -291,3 +295,20 @@ print(json.dumps({
     "entries": entries + [engine.store.stat().entries],
 }))
 """
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_what_is_found_begins_to_load(is_async: bool) -> None:
+    engine, found = lib.engine(), [node("one", "n1"), node("two", "n2")]
+
+    class Finding(SimpleVectorStore):
+        def query(self, query: Any, **kwargs: Any) -> VectorStoreQueryResult:
+            return VectorStoreQueryResult(nodes=found)
+
+    vector_store = store(engine, Finding())
+    ahead: list[str] = []
+    engine.prefetch = lambda chunks: ahead.extend(c.text for c in chunks)  # type: ignore[method-assign]
+    query = VectorStoreQuery(query_embedding=[1.0, 0.0], similarity_top_k=2)
+    result = asyncio.run(vector_store.aquery(query)) if is_async else vector_store.query(query)
+    assert result.nodes == found
+    assert ahead == ["one", "two"]

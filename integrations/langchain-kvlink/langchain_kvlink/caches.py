@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 from langchain_core.documents import Document
 from langchain_core.prompts import BasePromptTemplate
 
-from kvlink_rag import KVLinkEngine, KVLinkWarning
+from kvlink_rag import InputError, KVLinkEngine, KVLinkWarning
 from langchain_kvlink.documents import as_chunk
 
 Held = list[str | None]
@@ -76,6 +77,15 @@ class DocumentCaches:
         self.engine.store.release(list(keys))
         self.engine.store.refer([(id, key) for id, key in keys.items() if key])
         self.let_go(held)
+
+    def prefetch(self, found: Iterable[Document | tuple[Document, float]]) -> None:
+        """Begin to load the caches of documents that were found, with or without scores."""
+        chunks = []
+        for each in found:
+            with contextlib.suppress(InputError):  # cannot be shown: said when it is asked about
+                document = each[0] if isinstance(each, tuple) else each
+                chunks.append(as_chunk(document, self.document_prompt))
+        self.engine.prefetch(chunk for chunk in chunks if chunk)
 
     def let_go(self, held: Held) -> None:
         """Hold no longer: what no document refers to is removed."""

@@ -28,12 +28,32 @@ def _passed_on(name: str) -> Any:
     return method
 
 
+def _searched(name: str) -> Any:
+    """A search of the wrapped store; the caches of what it finds begin to load meanwhile."""
+
+    def method(self: KVLinkVectorStore, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(self.vectorstore, name)(*args, **kwargs)
+        self._caches.prefetch(found)
+        return found
+
+    async def amethod(self: KVLinkVectorStore, *args: Any, **kwargs: Any) -> Any:
+        found = await getattr(self.vectorstore, name)(*args, **kwargs)
+        self._caches.prefetch(found)
+        return found
+
+    made = amethod if name.startswith("a") else method
+    made.__name__ = name
+    made.__doc__ = f"``{name}`` of the wrapped store."
+    return made
+
+
 class KVLinkVectorStore(VectorStore):
     """Any vector store, with a chunk cache for each of its documents.
 
     Adding documents also encodes them; deleting them, or changing their text, drops their caches.
     What is there already costs nothing, a change of metadata that the model does not see neither.
-    Searches are the wrapped store's. Also for ``langchain_core.indexing.index``.
+    Searches are the wrapped store's; the caches of what they find begin to load at once. Also for
+    ``langchain_core.indexing.index``.
 
     The caches are in the engine's store, referred to by the documents' ids: two vector stores that
     give the same id to different documents need an engine store each
@@ -191,28 +211,26 @@ class KVLinkVectorStore(VectorStore):
 
     def similarity_search(self, *args: Any, **kwargs: Any) -> list[Document]:
         """``similarity_search`` of the wrapped store."""
-        return self.vectorstore.similarity_search(*args, **kwargs)
+        found = self.vectorstore.similarity_search(*args, **kwargs)
+        self._caches.prefetch(found)
+        return found
 
     get_by_ids = _passed_on("get_by_ids")
-    search = _passed_on("search")
-    similarity_search_with_score = _passed_on("similarity_search_with_score")
-    similarity_search_with_relevance_scores = _passed_on("similarity_search_with_relevance_scores")
-    similarity_search_by_vector = _passed_on("similarity_search_by_vector")
-    max_marginal_relevance_search = _passed_on("max_marginal_relevance_search")
-    max_marginal_relevance_search_by_vector = _passed_on("max_marginal_relevance_search_by_vector")
+    search = _searched("search")
+    similarity_search_with_score = _searched("similarity_search_with_score")
+    similarity_search_with_relevance_scores = _searched("similarity_search_with_relevance_scores")
+    similarity_search_by_vector = _searched("similarity_search_by_vector")
+    max_marginal_relevance_search = _searched("max_marginal_relevance_search")
+    max_marginal_relevance_search_by_vector = _searched("max_marginal_relevance_search_by_vector")
 
     aget_by_ids = _passed_on("aget_by_ids")
-    asearch = _passed_on("asearch")
-    asimilarity_search = _passed_on("asimilarity_search")
-    asimilarity_search_with_score = _passed_on("asimilarity_search_with_score")
-    asimilarity_search_with_relevance_scores = _passed_on(
-        "asimilarity_search_with_relevance_scores"
-    )
-    asimilarity_search_by_vector = _passed_on("asimilarity_search_by_vector")
-    amax_marginal_relevance_search = _passed_on("amax_marginal_relevance_search")
-    amax_marginal_relevance_search_by_vector = _passed_on(
-        "amax_marginal_relevance_search_by_vector"
-    )
+    asearch = _searched("asearch")
+    asimilarity_search = _searched("asimilarity_search")
+    asimilarity_search_with_score = _searched("asimilarity_search_with_score")
+    asimilarity_search_with_relevance_scores = _searched("asimilarity_search_with_relevance_scores")
+    asimilarity_search_by_vector = _searched("asimilarity_search_by_vector")
+    amax_marginal_relevance_search = _searched("amax_marginal_relevance_search")
+    amax_marginal_relevance_search_by_vector = _searched("amax_marginal_relevance_search_by_vector")
 
     _select_relevance_score_fn = _passed_on("_select_relevance_score_fn")
     _similarity_search_with_relevance_scores = _passed_on(

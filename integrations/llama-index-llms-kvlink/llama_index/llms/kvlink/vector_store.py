@@ -143,12 +143,16 @@ class KVLinkVectorStore(EngineHolder, BasePydanticVectorStore):
     # All else is the inner store's
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """The inner store's answer."""
-        return self._inner.query(query, **kwargs)
+        """The inner store's answer; the caches of its nodes begin to load."""
+        found = self._inner.query(query, **kwargs)
+        self.engine.prefetch(node_chunks(found.nodes or ()))
+        return found
 
     async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """The inner store's answer."""
-        return await self._inner.aquery(query, **kwargs)
+        """The inner store's answer; the caches of its nodes begin to load."""
+        found = await self._inner.aquery(query, **kwargs)
+        self.engine.prefetch(node_chunks(found.nodes or ()))
+        return found
 
     def get_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
