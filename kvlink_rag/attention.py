@@ -101,8 +101,8 @@ def attend_folded(
 ) -> torch.Tensor:
     """Grouped-query attention as matrix products of two dimensions; see :func:`attend`.
 
-    One product for each key head: torch multiplies batches of matrices at once only after copying
-    them into one piece, and a cache with room for more tokens does not lie in one piece.
+    torch multiplies batches of matrices at once only where they lie in one piece; a cache with room
+    for more tokens does not, so there it is one product for each key head.
     """
     batch, heads, queries, dim = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
@@ -116,35 +116,56 @@ def attend_folded(
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         seen = before + stop if mask is None else tokens
-        biases = _biases(mask, start, stop, seen, query)
+        keys, values = key[:, :, :seen], value[:, :, :seen]
+        rows = folded[:, :, :, start:stop]
+        bias = _bias(mask, start, stop, seen, query)
+        if keys.is_contiguous() and values.is_contiguous():
+            result[:, :, :, start:stop] = _mix(rows, keys, values, bias)
+            continue
         for row in range(batch):
-            bias = biases[row % len(biases)]
             for head in range(kv_heads):
-                block = folded[row, head, :, start:stop].reshape(-1, dim)
-                scores = torch.mm(block, key[row, head, :seen].t())
-                if bias is not None:
-                    # what all queries of a block see needs no bias
-                    scores.view(group, stop - start, seen)[..., -bias.shape[1] :] += bias
-                weights = scores.softmax(-1)
-                out = torch.mm(weights, value[row, head, :seen])
-                result[row, head, :, start:stop] = out.view(group, stop - start, -1)
+                one = (slice(row, row + 1), slice(head, head + 1))
+                its = bias if bias is None or len(bias) == 1 else bias[row : row + 1]
+                out = _mix(rows[one], keys[one], values[one], its)
+                result[row, head, :, start:stop] = out[0, 0]
     return mixed
 
 
-def _biases(
+def _mix(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention of a block of queries.
+
+    Args:
+        rows: scaled queries ``[batch, kv_heads, group, queries, dim]``.
+        keys, values: ``[batch, kv_heads, tokens, dim]``.
+        bias: added to the scores of the last tokens, ``[batch or 1, queries, up to tokens]``; what
+            all queries of a block see needs none.
+
+    Returns:
+        shaped as ``rows``.
+    """
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    scores = torch.bmm(rows.reshape(len(keys), -1, rows.shape[-1]), keys.transpose(1, 2))
+    if bias is not None:
+        scores.view(*rows.shape[:4], -1)[..., -bias.shape[2] :] += bias[:, None, None]
+    return torch.bmm(scores.softmax(-1), values).view(*rows.shape[:4], -1)
+
+
+def _bias(
     mask: torch.Tensor | None, start: int, stop: int, seen: int, like: torch.Tensor
-) -> list[torch.Tensor | None]:
-    """What is added to the last columns of a block's scores, for each row of the batch or all."""
+) -> torch.Tensor | None:
+    """What is added to the last columns of a block's scores, ``[batch or 1, queries, columns]``."""
     count = stop - start
     if mask is None:
         if count == 1:
-            return [None]
-        return [like.new_full((count, count), float("-inf")).triu_(1)]
+            return None
+        return like.new_full((1, count, count), float("-inf")).triu_(1)
     block = mask[:, 0, start:stop, :seen]
     if block.dtype == torch.bool:
         least = torch.finfo(like.dtype).min  # -inf would give no number where nothing is seen
         block = like.new_zeros(block.shape).masked_fill_(~block, least)
-    return list(block.to(like.dtype))
+    return block.to(like.dtype)
 
 
 def make_mask(**options: Any) -> torch.Tensor | None:

@@ -15,8 +15,9 @@ ROOT = Path(kvlink_rag.__file__).parent
 FLOORS = [
     {"errors", "chunk", "rope", "fidelity", "report", "progress"},
     {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
-    {"adapter", "presets", "encode", "forward", "relevance", "prefill", "load", "embeddings"},
-    {"answer"},
+    {"prefetch"},
+    {"adapter", "presets", "encode", "forward", "in_place", "relevance", "prefill", "load"},
+    {"embeddings", "answer", "batch"},
     {"engine"},
     {"index_catalog", "index_vectors", "index_check", "index"},
     {"evaluation", "training", "documents", "ingest", "bench", "demo"},

@@ -336,6 +336,15 @@ class TestBound:
         assert kept(tier) == [small[2].key, large.key]
         assert tier.nbytes == 3 * SIZE
 
+    def test_it_is_met_to_the_byte(self, below: KVStore) -> None:
+        records = [make_record(number) for number in (1, 2, 3)]
+        for record in records:
+            below.put(record)
+        exact, less = RamTier(below, 3 * SIZE), RamTier(below, 3 * SIZE - 1)
+        get_all(exact, records)
+        get_all(less, records)
+        assert (exact.nbytes, less.nbytes) == (3 * SIZE, 2 * SIZE)
+
     def test_one_that_does_not_fit_drops_nothing(self, below: KVStore, copies: Copies) -> None:
         small, fitting, large = make_record(1), make_record(2, 3), make_record(4, 5, 6)
         for record in (small, fitting, large):
