@@ -27,6 +27,8 @@ from kvlink_rag.link import ContextCache
 NAME = "kvlink_in_place"
 BLOCK_QUERIES = 64
 """Queries that attention is computed for at once: their scores stay in the processor's cache."""
+LEAST_QUERIES = 12
+"""Below, another block costs more than it saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +143,7 @@ class LinkedContext:
     def _plan(self, positions: list[int], window: int | None) -> Iterator[_Block]:
         """Who sees what in layers with this window."""
         dtype = self.architecture.dtype
-        for start in range(0, len(positions), BLOCK_QUERIES):
-            queries = slice(start, min(start + BLOCK_QUERIES, len(positions)))
+        for queries in _cut(positions):
             at = positions[queries]
             seen = []
             for index, span in enumerate(self.spans):
@@ -206,6 +207,17 @@ class LinkedContext:
         turned[..., half : 2 * half] = second * cos - first * sin
         turned[..., 2 * half :] = rows[..., 2 * half :]
         return turned
+
+
+def _cut(positions: Sequence[int]) -> Iterator[slice]:
+    """Blocks of queries; link tokens of different slots apart, since the first see few chunks."""
+    start = 0
+    for stop in range(1, len(positions) + 1):
+        last = stop == len(positions)
+        gap = not last and positions[stop] != positions[stop - 1] + 1
+        if last or stop - start == BLOCK_QUERIES or (gap and stop - start >= LEAST_QUERIES):
+            yield slice(start, stop)
+            start = stop
 
 
 def _sees_some(at: Sequence[int], start: int, stop: int, window: int | None) -> bool:

@@ -49,9 +49,13 @@ def test_logits_and_answers_are_those_of_copied_caches(
         assert answers[0].token_ids == answers[1].token_ids
 
 
+@pytest.mark.parametrize("least", [1, 3, 12])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-sliding"])
-def test_linked_answers_are_those_of_copied_caches(name: str, layout: Any) -> None:
+def test_linked_answers_are_those_of_copied_caches(
+    name: str, layout: Any, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_place, "LEAST_QUERIES", least)
     one, other = (e.with_adapter(adapter(name, layout=layout)) for e in engines(name))
     other.in_place = False
     for chunks in (CHUNKS, CHUNKS[::-1]):
@@ -131,6 +135,15 @@ def test_who_sees_whom(window: int | None) -> None:
     assert in_place._sees_some([3, 4], 4, 9, window)
     assert not in_place._sees_some([3, 4], 5, 9, window)
     assert in_place._sees_some([9, 30], 2, 6, window) == (window is None)
+
+
+def test_blocks_end_where_positions_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_place, "BLOCK_QUERIES", 4)
+    monkeypatch.setattr(in_place, "LEAST_QUERIES", 2)
+    at = [3, 10, 11, 20, 30, 31, 32, 33, 34, 35]
+    blocks = [at[block] for block in in_place._cut(at)]
+    assert blocks == [[3, 10, 11], [20, 30, 31, 32], [33, 34, 35]]
+    assert [at[block] for block in in_place._cut(at[:1])] == [[3]]
 
 
 def test_models_and_devices_it_does_not_serve_copy() -> None:
