@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ class _Block:
     queries: slice
     seen: list[tuple[int, torch.Tensor | None]]
     own: torch.Tensor | None
+
+    @cached_property
+    def indices(self) -> torch.Tensor:
+        """Of the spans seen."""
+        return torch.tensor([index for index, _ in self.seen])
 
 
 class LinkedContext:
@@ -179,11 +185,11 @@ class LinkedContext:
         result = mixed.view(queries, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
         for block in self._blocks[self.architecture.windows[layer]]:
             rows = folded[:, :, block.queries]
-            turned = self._turned(rows.reshape(kv_heads, -1, dim), layer)
+            turned = self._turned(rows.reshape(kv_heads, -1, dim), layer, block)
             scores, values = [], []
-            for index, bias in block.seen:
+            for its, (index, bias) in zip(turned, block.seen, strict=True):
                 record = self.spans[index].record
-                scores.append(_scores(turned[index], record.keys[layer], bias))
+                scores.append(_scores(its, record.keys[layer], bias))
                 values.append(record.values[layer])
             scores.append(_scores(rows.reshape(kv_heads, -1, dim), own_keys, block.own))
             values.append(own_values)
@@ -194,15 +200,15 @@ class LinkedContext:
             result[:, :, block.queries] = out.view(*rows.shape[:3], -1).to(query.dtype)
         return mixed
 
-    def _turned(self, rows: torch.Tensor, layer: int) -> torch.Tensor:
-        """Queries as they meet each span's keys: ``[spans, kv_heads, rows, head_dim]``."""
-        turn = self._turns[layer]
-        if turn is None:
-            return rows.expand(len(self.spans), *rows.shape)
-        cos, sin = turn
+    def _turned(self, rows: torch.Tensor, layer: int, block: _Block) -> torch.Tensor:
+        """Queries as they meet each span that is seen, ``[spans, kv_heads, rows, head_dim]``."""
+        turn, count = self._turns[layer], len(block.seen)
+        if turn is None or not count:
+            return rows.expand(count, *rows.shape)
+        cos, sin = (each[block.indices] for each in turn)
         half = cos.shape[-1]
         first, second = rows[..., :half].float(), rows[..., half : 2 * half].float()
-        turned = rows.new_empty(len(self.spans), *rows.shape)
+        turned = rows.new_empty(count, *rows.shape)
         turned[..., :half] = first * cos + second * sin  # back: by the negative angle
         turned[..., half : 2 * half] = second * cos - first * sin
         turned[..., 2 * half :] = rows[..., 2 * half :]
