@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -15,42 +13,28 @@ from typing import Any, cast, get_args
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlink_rag.adapter import Adapter, LinkTokens, load_adapter, shipped_adapters
+from kvlink_rag.adapter import Adapter, load_adapter, shipped_adapters
 from kvlink_rag.answer import Answer, AnswerStream, Request
-from kvlink_rag.architecture import Architecture, inspect_model
 from kvlink_rag.batch import answer_together
-from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
+from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks
 from kvlink_rag.conversation import Message, as_messages
-from kvlink_rag.encode import Encoder
-from kvlink_rag.errors import AdapterRequiredError, InputError, KVLinkWarning, StoreError
+from kvlink_rag.errors import AdapterRequiredError, InputError
 from kvlink_rag.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
-from kvlink_rag.forward import run_at, run_behind
 from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
-from kvlink_rag.in_place import LinkedContext, Span
-from kvlink_rag.link import ContextCache
 from kvlink_rag.load import Source, load
-from kvlink_rag.prefetch import Prefetcher, Wanted
-from kvlink_rag.prefill import Prefill, Prompt, RecomputeBy, Segment, SegmentKind, Strategy
+from kvlink_rag.prefetch import Prefetcher
+from kvlink_rag.prefill import Prefill, RecomputeBy, Strategy
+from kvlink_rag.prefiller import Prefiller
 from kvlink_rag.progress import bar
 from kvlink_rag.prompt import (
-    DEFAULT_BEHIND,
     EncodeBehind,
-    PromptLayout,
-    PromptParts,
     PromptTemplate,
 )
-from kvlink_rag.relevance import attention_paid
-from kvlink_rag.report import IndexReport, Report, Stopwatch
+from kvlink_rag.report import IndexReport, Stopwatch
 from kvlink_rag.store import KVStore, open_store
 
-_Computed = tuple[ChunkKV, list[str]]
-"""A record that was computed, and ids of the documents that refer to it."""
 
-BATCH_TOKENS = {"cpu": 1536}
-"""Padded tokens in one forward pass while indexing; other devices than these take 16,384."""
-
-
-class KVLinkEngine:
+class KVLinkEngine(Prefiller):
     """A causal language model with a store of chunk caches.
 
     Make one with :meth:`from_pretrained`. Safe to use from several threads: forward passes run one
@@ -86,34 +70,22 @@ class KVLinkEngine:
         fidelity_rate: float = 0.0,
         fidelity_limit: float | None = None,
     ) -> None:
-        self._monitor = FidelityMonitor(fidelity_rate, fidelity_limit)
-        self.adapter = adapter
+        super().__init__(
+            model,
+            tokenizer,
+            name=name,
+            store=store,
+            adapter=adapter,
+            encode_behind=encode_behind,
+            prompt=prompt,
+        )
         self._base = model
         self._chosen = (encode_behind, prompt)
-        if adapter is not None:
-            adapter.check_vocabulary(model, tokenizer)
-        self.model, self.reader = adapter.apply(model) if adapter else (model, model)
-        self.tokenizer = tokenizer
-        self.name = name
-        self.store = store
-        self.architecture: Architecture = inspect_model(self.model, name)
-        self.layout = PromptLayout(tokenizer, prompt or (adapter.prompt if adapter else None))
-        if encode_behind is None:
-            encode_behind = adapter.encode_behind if adapter else DEFAULT_BEHIND
-        if encode_behind not in get_args(EncodeBehind):
-            raise InputError(
-                f"encode_behind must be one of {get_args(EncodeBehind)}, not {encode_behind!r}"
-            )
-        self.behind = tuple(self.layout.behind(encode_behind))
+        self._monitor = FidelityMonitor(fidelity_rate, fidelity_limit)
         self.strategy = _check_strategy(strategy, adapter)
         self.recompute_tokens = recompute_tokens
         self.recompute_by = _check_recompute_by(recompute_by)
-        self.in_place = self.architecture.foldable
-        self._encoder = Encoder(self.model, self.architecture)
-        self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self.stop_ids = stop_ids(model, tokenizer)
-        self._model_lock = threading.RLock()
-        self._prefetcher = Prefetcher(self._wanted, self._load_one)
 
     @classmethod
     def from_pretrained(
@@ -186,11 +158,6 @@ class KVLinkEngine:
             fidelity_limit=fidelity_limit,
         )
 
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the model, part of every cache's key."""
-        return self.architecture.fingerprint
-
     def with_store(self, store: str | Path | KVStore | None) -> KVLinkEngine:
         """A twin that shares the model and keeps its caches in another store.
 
@@ -232,28 +199,6 @@ class KVLinkEngine:
             )
         twin._model_lock = self._model_lock
         return twin
-
-    def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
-        """The store's keys of chunks, in order."""
-        return [self._key(self.layout.chunk(chunk)) for chunk in as_chunks(chunks)]
-
-    def _wanted(self, chunk: Chunk) -> Wanted:
-        return tuple(self.layout.chunk(chunk)), self.behind
-
-    def _key(self, token_ids: Sequence[int]) -> str:
-        return chunk_key(self.fingerprint, self.behind, token_ids)
-
-    def cache_of(
-        self, token_ids: Sequence[int], behind: Sequence[int], *, keep: bool = True
-    ) -> ChunkKV:
-        """The cache of tokens encoded behind others, from the store or computed (and stored)."""
-        wanted = (tuple(token_ids), tuple(behind))
-        record = self._load([wanted])[wanted]
-        if record is None:
-            record = self._compute({wanted: None})[wanted]
-            if keep:
-                self._keep([(record, [])])
-        return record
 
     # Indexing
 
@@ -309,10 +254,6 @@ class KVLinkEngine:
             if writing:
                 writing.result()
         return nbytes
-
-    def _put(self, records: Iterable[tuple[ChunkKV, Sequence[str]]]) -> None:
-        for record, documents in records:
-            self.store.put(record, documents)
 
     def _encode(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, ChunkKV]]]:
         batches = self._encoder.encode(texts, self.behind, max_batch_tokens=self.batch_tokens)
@@ -378,268 +319,6 @@ class KVLinkEngine:
         chosen = _check_strategy(strategy or self.strategy, self.adapter)
         by = _check_recompute_by(recompute_by or self.recompute_by)
         return Request(messages, as_chunks(chunks), chosen, recompute, by, tools)
-
-    def _prefill(
-        self, request: Request, new_tokens: int, watch: Stopwatch
-    ) -> tuple[Prefill, list[_Computed]]:
-        """The prefill and the records it had to compute (not yet stored)."""
-        report = Report(request.strategy)
-        prompt = self._prompt(request, new_tokens)
-        report.context_tokens = len(prompt.token_ids)
-        report.tokenize_s = watch.lap()
-        computed: list[_Computed] = []
-        context: ContextCache | LinkedContext
-        if request.strategy == "full":
-            context = self._encoder.new_cache(prompt.room)
-        else:
-            found = self._load(prompt.wanted)
-            report.load_s = watch.lap()
-            made = self._compute(found)
-            report.encode_s = watch.lap()
-            context = self._link(request, prompt, found, made, report)
-            computed = self._computed(request, prompt, made)
-            report.link_s = watch.lap()
-        segments, links = prompt.segments, self._links(request)
-        with self._model_lock:
-            if request.strategy == "recompute" and request.recompute_by == "question":
-                segments = self._most_attended(request, prompt, context, report)
-            anew, rest = _active_positions(segments, request.strategy)
-            logits = self._forward(context, prompt.token_ids, anew, rest, links)
-        report.forward_s = watch.lap()
-        report.computed_tokens += len(anew) + len(rest)
-        report.ttft_s = watch.laps()
-        return self._prefilled(prompt, segments, logits, report, context, links), computed
-
-    def _prefilled(
-        self,
-        prompt: Prompt,
-        segments: list[Segment],
-        logits: torch.Tensor,
-        report: Report,
-        context: ContextCache | LinkedContext,
-        links: LinkTokens | None,
-    ) -> Prefill:
-        positions = list(range(len(prompt.token_ids)))
-        return Prefill(
-            logits, prompt.token_ids, positions, segments, report, context, self.reader, links
-        )
-
-    def _prompt(self, request: Request, new_tokens: int) -> Prompt:
-        """The prompt's token ids and what they are.
-
-        Raises:
-            InputError: it is too long, or its messages do not fit the chat template.
-        """
-        around = self._around(request)
-        token_ids: list[int] = []
-        segments: list[Segment] = []
-        for kind, slot, ids in self._parts(request, around):
-            start, stop = len(token_ids), len(token_ids) + len(ids)
-            token_ids += ids
-            if kind == "chunk" and request.strategy != "full":
-                first = request.strategy == "recompute" and request.recompute_by == "first"
-                view = range(min(request.recompute, len(ids)) if first else 0)
-                segments.append(Segment(kind, start, stop, slot, self.behind, view))
-            else:
-                segments.append(Segment(kind, start, stop, slot, full_view=range(len(ids))))
-        room = len(token_ids) + new_tokens
-        self._check_length(room, "the prompt with its answer")
-        return Prompt(token_ids, segments, room, around.lasting)
-
-    def _around(self, request: Request) -> PromptParts:
-        """Token ids around the chunks, the adapter's among them where chunks are linked."""
-        parts = self.layout.lay_out(
-            request.messages, tools=request.tools, with_chunks=bool(request.chunks)
-        )
-        if self.adapter is None or not request.chunks or request.strategy == "full":
-            return parts
-        before, behind = self.adapter.around
-        return replace(parts, prefix=[*parts.prefix, *before], question=[*behind, *parts.question])
-
-    def _parts(
-        self, request: Request, around: PromptParts
-    ) -> Iterator[tuple[SegmentKind, int | None, list[int]]]:
-        """Kind, slot and token ids of the prompt's parts, in order."""
-        links, count = self._links(request), len(request.chunks)
-        yield "prefix", None, around.prefix
-        for slot, chunk in enumerate(request.chunks):
-            yield "chunk", slot, self.layout.chunk(chunk)
-            if links is not None and (ids := links.ids(slot, count)):
-                yield "link", slot, ids
-        yield "question", None, around.question
-
-    def _links(self, request: Request) -> LinkTokens | None:
-        """The link tokens that are part of a request's prompt."""
-        return self.adapter.links if self.adapter and request.strategy == "link" else None
-
-    def _link(
-        self,
-        request: Request,
-        prompt: Prompt,
-        found: Mapping[Wanted, ChunkKV | None],
-        made: Mapping[Wanted, ChunkKV],
-        report: Report,
-    ) -> ContextCache | LinkedContext:
-        """The context up to the question; reports what it is made of.
-
-        Args:
-            found, made: at least what the prompt wants: from the store, and computed.
-        """
-        spans = []
-        for segment, wanted in zip(prompt.cached, prompt.wanted, strict=True):
-            record, text = found[wanted], wanted[0]
-            if segment.kind == "chunk":
-                report.hits += record is not None
-                report.misses += record is None
-            if record is not None:
-                report.reused_tokens += len(text)
-            if text:
-                spans.append(Span(record or made[wanted], segment.start))
-        mine = dict.fromkeys(prompt.wanted)
-        report.bytes_read = sum(record.nbytes for each in mine if (record := found[each]))
-        missing = [wanted for wanted in mine if found[wanted] is None]
-        report.computed_tokens = sum(len(text) for text, _ in missing)
-        report.computed_tokens += sum(len(behind) for behind in {behind for _, behind in missing})
-        return self._linked(spans, prompt.room, request.strategy, prompt.segments[-1].start)
-
-    def _computed(
-        self, request: Request, prompt: Prompt, made: Mapping[Wanted, ChunkKV]
-    ) -> list[_Computed]:
-        """What a prompt wants and was made, with the ids of the chunks that refer to it."""
-        owners: dict[Wanted, list[str]] = {}
-        for wanted, chunk in zip(prompt.wanted[1:], request.chunks, strict=True):
-            if chunk.id is not None:
-                owners.setdefault(wanted, []).append(chunk.id)
-        # a conversation goes on: nobody will ask for its prefix again
-        kept = prompt.wanted if prompt.lasting else prompt.wanted[1:]
-        return [(made[each], owners.get(each, [])) for each in dict.fromkeys(kept) if each in made]
-
-    def _linked(
-        self, spans: list[Span], room: int, strategy: Strategy, length: int
-    ) -> ContextCache | LinkedContext:
-        """Spans as one context; places of link tokens are left to the forward pass."""
-        if self.in_place and strategy in ("reuse", "link"):
-            own = self._encoder.new_cache(room - sum(span.stop - span.start for span in spans))
-            return LinkedContext(self.architecture, spans, own)
-        cache = self._encoder.new_cache(room)
-        for span in spans:
-            cache.place(span.record, span.start, self.architecture.groups)
-        cache.set_length(length)
-        return cache
-
-    def _most_attended(
-        self,
-        request: Request,
-        prompt: Prompt,
-        cache: ContextCache | LinkedContext,
-        report: Report,
-    ) -> list[Segment]:
-        """The segments, with those tokens of chunks in full view that the question attends to most.
-
-        Args:
-            cache: the linked context, up to the question.
-        """
-        assert isinstance(cache, ContextCache)  # as `recompute` has it
-        segments = prompt.segments
-        places = [p for s in segments if s.kind == "chunk" for p in range(s.start, s.stop)]
-        budget = min(request.recompute * len(request.chunks), len(places))
-        chosen = set(places[:budget])
-        if 0 < budget < len(places):  # else none or all, and nothing to measure
-            question = prompt.token_ids[segments[-1].start :]
-            paid = attention_paid(self.reader, cache, question)[places]
-            report.computed_tokens += len(question)
-            chosen = {places[i] for i in paid.topk(budget).indices.tolist()}
-        return [
-            replace(s, full_view=tuple(i for i in range(s.stop - s.start) if s.start + i in chosen))
-            if s.kind == "chunk"
-            else s
-            for s in segments
-        ]
-
-    def _load(self, wanted: Iterable[Wanted]) -> dict[Wanted, ChunkKV | None]:
-        """Records from the store, compared with what was asked for: no digest is trusted alone."""
-        return {
-            each: self._prefetcher.take(each) or self._load_one(each)
-            for each in dict.fromkeys(wanted)
-        }
-
-    def _load_one(self, wanted: Wanted) -> ChunkKV | None:
-        text, behind = wanted
-        record = self.store.get(chunk_key(self.fingerprint, behind, text)) if text else None
-        if record and not record.is_for(self.fingerprint, behind, text):
-            warnings.warn(
-                f"the store's entry {record.key[:12]}... is for other tokens or another model; "
-                "computing it anew",
-                KVLinkWarning,
-                stacklevel=2,
-            )
-            return None
-        return record
-
-    def _compute(self, found: Mapping[Wanted, ChunkKV | None]) -> dict[Wanted, ChunkKV]:
-        """Encode what was not found: chunks behind ``self.behind``, the prefix alone."""
-        computed: dict[Wanted, ChunkKV] = {}
-        missing = [wanted for wanted, record in found.items() if record is None]
-        for behind in {behind for _, behind in missing}:
-            texts = [text for text, its in missing if its == behind and text]
-            with self._model_lock:
-                for batch in self._encoder.encode(
-                    texts, behind, max_batch_tokens=self.batch_tokens
-                ):
-                    computed |= {(texts[i], behind): record for i, record in batch}
-        return computed
-
-    def _forward(
-        self,
-        context: ContextCache | LinkedContext,
-        token_ids: list[int],
-        anew: list[int],
-        rest: list[int],
-        links: LinkTokens | None,
-    ) -> torch.Tensor:
-        """Logits of the prompt's last token: context tokens by the model, the rest by the reader.
-
-        Args:
-            anew: positions in prefix and chunks that are to be computed.
-            rest: positions of link tokens and question, computed after all of the context.
-        """
-        if isinstance(context, LinkedContext):
-            return context.run(self.reader, [token_ids[place] for place in rest], rest, links)
-        if self.reader is self.model:
-            anew, rest = [], [*anew, *rest]
-        if anew:
-            self._run(self.model, context, token_ids, anew, None)
-        return self._run(self.reader, context, token_ids, rest, links)
-
-    def _run(
-        self,
-        model: PreTrainedModel,
-        cache: ContextCache,
-        token_ids: list[int],
-        places: list[int],
-        links: LinkTokens | None,
-    ) -> torch.Tensor:
-        """Run the tokens at ``places``, each seeing everything before it."""
-        ids = [token_ids[place] for place in places]
-        if places[-1] - places[0] + 1 == len(places):
-            cache.set_length(places[0])
-            return run_behind(model, cache, ids, links)
-        return run_at(model, self.architecture, cache, ids, places, links)
-
-    def _keep(self, computed: Iterable[_Computed]) -> None:
-        """Store what an answer had to compute; an answer never fails for want of disk."""
-        try:
-            self._put(computed)
-        except StoreError as error:
-            warnings.warn(f"computed caches are not kept: {error}", KVLinkWarning, stacklevel=3)
-
-    def _check_length(self, tokens: int, what: str) -> None:
-        limit = self.architecture.max_tokens
-        if tokens > limit:
-            raise InputError(
-                f"{what} takes {tokens} tokens and {self.name} has a context of {limit}: use fewer "
-                "or smaller chunks, or fewer new tokens"
-            )
 
     # Answers
 
@@ -832,21 +511,6 @@ class KVLinkEngine:
     ) -> AnswerStream:
         """:meth:`stream` for ``async for``."""
         return self.stream(question, chunks, **options)
-
-
-def _active_positions(
-    segments: Sequence[Segment], strategy: Strategy
-) -> tuple[list[int], list[int]]:
-    """Positions that run through a model: context that is to see everything, and the rest."""
-    context: list[int] = []
-    rest: list[int] = []
-    for segment in segments:
-        places = [segment.start + offset for offset in segment.full_view]
-        if segment.kind in ("link", "question"):
-            rest += places
-        elif segment.kind == "chunk" or strategy == "full":
-            context += places
-    return context, rest
 
 
 def _check_strategy(strategy: str, adapter: Adapter | None) -> Strategy:

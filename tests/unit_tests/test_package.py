@@ -18,6 +18,7 @@ FLOORS = [
     {"prefetch"},
     {"adapter", "presets", "encode", "forward", "in_place", "relevance", "prefill", "load"},
     {"embeddings", "answer", "batch"},
+    {"prefiller"},
     {"engine"},
     {"index_catalog", "index_vectors", "index_check", "index"},
     {"evaluation", "training", "documents", "ingest", "bench", "demo"},
