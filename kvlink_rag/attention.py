@@ -13,7 +13,7 @@ equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,7 +75,7 @@ def attend(
     Returns:
         ``[batch, queries, heads, value_dim]``, and None for the weights.
     """
-    if query.device.type == "cpu" and query.dtype in FOLDED_DTYPES and _is_plain(options):
+    if query.device.type == "cpu" and query.dtype in FOLDED_DTYPES and is_plain(options):
         return attend_folded(query, key, value, attention_mask, options.get("scaling")), None
     before = key.shape[2] - query.shape[2]
     if attention_mask is None and query.shape[2] > 1 and before > 0:
@@ -86,8 +86,8 @@ def attend(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
-def _is_plain(options: dict[str, Any]) -> bool:
-    """No scores are changed on the way; if so, torch's attention does it, or refuses."""
+def is_plain(options: Mapping[str, Any]) -> bool:
+    """Whether no scores are changed on the way; if so, torch's attention does it, or refuses."""
     odd = ("softcap", "s_aux", "position_bias", "cache")
     return not options.get("dropout") and all(options.get(name) is None for name in odd)
 

@@ -20,8 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from kvlink_rag.adapter import LinkTokens
 from kvlink_rag.architecture import Architecture
-from kvlink_rag.attention import use_attention
+from kvlink_rag.attention import is_plain, use_attention
 from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.forward import inputs
 from kvlink_rag.link import ContextCache
 
@@ -298,6 +299,25 @@ def run_together(
     return logits
 
 
+@torch.inference_mode()
+def serves(model: PreTrainedModel, architecture: Architecture) -> bool:
+    """Whether a model's attention is what is computed here: measured on a few tokens."""
+    if not architecture.foldable:
+        return False
+    a, count = architecture, 5
+    token_ids = list(range(1, 1 + count))
+    own = ContextCache(
+        a.layers, a.kv_heads, a.head_dim, a.value_dim, count, dtype=a.dtype, device=a.device
+    )
+    try:
+        found = LinkedContext(architecture, [], own).run(model, token_ids, range(count))
+    except UnsupportedModelError:
+        return False
+    expected = model(input_ids=torch.tensor([token_ids]), logits_to_keep=1).logits[0, -1].float()
+    tolerance = 1e-3 if a.dtype == torch.float32 else 0.1
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
 _RUNNING: ContextVar[Sequence[Tokens]] = ContextVar("running")
 
 
@@ -317,7 +337,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls: attention of the running tokens, context by context.
 
@@ -326,7 +346,12 @@ def attend(
 
     Returns:
         ``[1, tokens, heads, value_dim]``, and None for the weights.
+
+    Raises:
+        UnsupportedModelError: the model's scores are changed on their way.
     """
+    if not is_plain(options):
+        raise UnsupportedModelError(f"{type(module).__name__} is no plain attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer, start, mixed = int(module.layer_idx), 0, []  # type: ignore[arg-type]
     for part in _RUNNING.get():

@@ -18,7 +18,7 @@ from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
 from kvlink_rag.encode import Encoder
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.forward import run_at, run_behind
-from kvlink_rag.in_place import LinkedContext, Span
+from kvlink_rag.in_place import LinkedContext, Span, serves
 from kvlink_rag.link import ContextCache
 from kvlink_rag.prefetch import Prefetcher, Wanted
 from kvlink_rag.prefill import Prefill, Prompt, Segment, SegmentKind, Strategy
@@ -73,7 +73,7 @@ class Prefiller:
                 f"encode_behind must be one of {get_args(EncodeBehind)}, not {encode_behind!r}"
             )
         self.behind = tuple(self.layout.behind(encode_behind))
-        self.in_place = self.architecture.foldable
+        self.in_place = serves(self.reader, self.architecture)
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self._encoder = Encoder(self.model, self.architecture)
         self._model_lock = threading.RLock()

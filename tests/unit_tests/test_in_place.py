@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from tiny_adapters import LAYOUTS, adapter
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvlink_rag import Chunk, KVLinkEngine, in_place
 from kvlink_rag.in_place import LinkedContext
@@ -144,6 +145,24 @@ def test_blocks_end_where_positions_do(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [at[block] for block in in_place._cut(at)]
     assert blocks == [[3, 10, 11], [20, 30, 31, 32], [33, 34, 35]]
     assert [at[block] for block in in_place._cut(at[:1])] == [[3]]
+
+
+def test_a_model_whose_attention_is_another_is_copied_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tiny.engine("llama").answer(QUESTION, CHUNKS, max_new_tokens=5)
+    forward = LlamaAttention.forward
+
+    def with_sinks(self: Any, *args: Any, **options: Any) -> Any:
+        return forward(self, *args, **options, s_aux=torch.zeros(4))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaAttention, "forward", with_sinks)
+        engine = tiny.engine("llama")
+        assert not engine.in_place
+    assert engine.answer(QUESTION, CHUNKS, max_new_tokens=5).token_ids == expected.token_ids
+    attend = LinkedContext.attend
+    with monkeypatch.context() as patch:
+        patch.setattr(LinkedContext, "attend", lambda *args: attend(*args) * 1.2)
+        assert not tiny.engine("llama").in_place
 
 
 def test_models_and_devices_it_does_not_serve_copy() -> None:
