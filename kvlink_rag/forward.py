@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ def run_behind(
     cache: ContextCache,
     token_ids: Sequence[int],
     links: LinkTokens | None = None,
+    *,
+    fast: bool = True,
 ) -> torch.Tensor:
     """Run tokens right behind what the cache holds; they see everything before them.
 
@@ -30,6 +32,8 @@ def run_behind(
 
     Args:
         links: link tokens that may be among ``token_ids``.
+        fast: by :mod:`kvlink_rag.attention`; without, by the model's own attention, whose rounding
+            makes half-precision answers those of ``model.generate`` to the last token.
 
     Returns:
         logits of the last token, ``[vocab]`` float32.
@@ -37,7 +41,7 @@ def run_behind(
     start = cache.get_seq_length()
     ids = torch.tensor([list(token_ids)], device=cache.key_buffer.device)
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    with fast_attention(model):
+    with fast_attention(model) if fast else nullcontext():
         out = model(
             **inputs(model, ids, links),
             position_ids=positions,

@@ -129,7 +129,7 @@ class Prefill:
         if isinstance(self.context, LinkedContext):
             start = self.context.stop
             return self.context.run(self.model, token_ids, range(start, start + len(token_ids)))
-        return run_behind(self.model, self.context, token_ids)
+        return run_behind(self.model, self.context, token_ids, fast=self.report.strategy != "full")
 
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings of tokens, ``[tokens, hidden]``, as the model was given them."""

@@ -131,7 +131,8 @@ class Prefiller:
             if request.strategy == "recompute" and request.recompute_by == "question":
                 segments = self._most_attended(request, prompt, context, report)
             anew, rest = _active_positions(segments, request.strategy)
-            logits = self._forward(context, prompt.token_ids, anew, rest, links)
+            fast = request.strategy != "full"
+            logits = self._forward(context, prompt.token_ids, anew, rest, links, fast)
         report.forward_s = watch.lap()
         report.computed_tokens += len(anew) + len(rest)
         report.ttft_s = watch.laps()
@@ -319,20 +320,22 @@ class Prefiller:
         anew: list[int],
         rest: list[int],
         links: LinkTokens | None,
+        fast: bool,
     ) -> torch.Tensor:
         """Logits of the prompt's last token: context tokens by the model, the rest by the reader.
 
         Args:
             anew: positions in prefix and chunks that are to be computed.
             rest: positions of link tokens and question, computed after all of the context.
+            fast: as :func:`kvlink_rag.forward.run_behind`.
         """
         if isinstance(context, LinkedContext):
             return context.run(self.reader, [token_ids[place] for place in rest], rest, links)
         if self.reader is self.model:
             anew, rest = [], [*anew, *rest]
         if anew:
-            self._run(self.model, context, token_ids, anew, None)
-        return self._run(self.reader, context, token_ids, rest, links)
+            self._run(self.model, context, token_ids, anew, None, fast)
+        return self._run(self.reader, context, token_ids, rest, links, fast)
 
     def _run(
         self,
@@ -341,12 +344,13 @@ class Prefiller:
         token_ids: list[int],
         places: list[int],
         links: LinkTokens | None,
+        fast: bool,
     ) -> torch.Tensor:
         """Run the tokens at ``places``, each seeing everything before it."""
         ids = [token_ids[place] for place in places]
         if places[-1] - places[0] + 1 == len(places):
             cache.set_length(places[0])
-            return run_behind(model, cache, ids, links)
+            return run_behind(model, cache, ids, links, fast=fast)
         return run_at(model, self.architecture, cache, ids, places, links)
 
     def _computed(

@@ -27,7 +27,7 @@ def table(result: BenchResult) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for text, one, other in (
         ("reuse / full", "reuse", "full"),
-        ("reuse / full, transformers", "reuse", "full, transformers"),
+        ("reuse / full, fast attention", "reuse", "full, fast attention"),
         ("reuse / cache in place", "reuse", "cache in place"),
         ("link / reuse", "link", "reuse"),
     ):

@@ -9,10 +9,9 @@ from tiny_adapters import adapter
 
 from kvlink_rag import Chunk, InputError
 from kvlink_rag.bench import run_bench, table, write
-from kvlink_rag.bench.corpus import QUESTION
 from kvlink_rag.bench.decode import _cache_of_transformers
 from kvlink_rag.bench.indexing import MIXES
-from kvlink_rag.bench.ttft import drop_page_cache, plain_prefill
+from kvlink_rag.bench.ttft import drop_page_cache
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 40]
 
@@ -25,8 +24,8 @@ def result():
 
 
 WAYS = {
-    "full, transformers",
     "full",
+    "full, fast attention",
     "recompute",
     "reuse, page cache dropped",
     "reuse",
@@ -61,21 +60,6 @@ def test_both_ways_of_decoding_go_on_alike():
         ids = torch.tensor([[token]])
         theirs = engine.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
         torch.testing.assert_close(one.run([token]), theirs, atol=1e-4, rtol=0)
-
-
-def test_plain_prefill_is_full_prefill(monkeypatch):
-    engine, seen = tiny.engine(), []
-    chunks = [Chunk(text) for text in ("one fox", "two dogs")]
-    expected = engine.prefill(QUESTION, chunks, strategy="full").token_ids
-    forward = engine.reader.forward
-
-    def note(*args, **options):
-        seen.append(options["input_ids"][0].tolist())
-        return forward(*args, **options)
-
-    monkeypatch.setattr(engine.reader, "forward", note)
-    assert plain_prefill(engine, chunks) > 0
-    assert seen[-1] == expected
 
 
 def test_dropping_the_page_cache_leaves_the_files(tmp_path):
