@@ -7,7 +7,9 @@ import os
 import re
 import secrets
 import socket
+import threading
 import time
+import weakref
 import zlib
 from collections.abc import Iterator
 from enum import Enum
@@ -31,6 +33,8 @@ ABANDONED_S = 3600.0
 """After this time a temporary file counts as left behind, whoever wrote it."""
 MAPPED = 4096
 """Files that are remembered as mapped before those that nobody holds are forgotten."""
+LOCKS = 64
+"""Files that threads may map at a time."""
 HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 """A process id says something only about processes of this machine."""
 
@@ -51,6 +55,11 @@ class ChunkFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._mapped: dict[str, tuple[tuple[int, ...], MappedRecord]] = {}
+        self._new_locks()
+        _FOLDERS.add(self)
+
+    def _new_locks(self) -> None:
+        self._locks = [threading.Lock() for _ in range(LOCKS)]
 
     def path(self, key: str) -> Path:
         """Where the cache under ``key`` is kept.
@@ -70,6 +79,10 @@ class ChunkFiles:
             OSError: it cannot be read, or is not there.
         """
         path = self.path(key)
+        with self._locks[int(key[:4], 16) % LOCKS]:  # who comes second finds the first's mapping
+            return self._read(path, key)
+
+    def _read(self, path: Path, key: str) -> ChunkKV:
         stat = path.stat()
         # a file that was shortened must not be read through a mapping of what it was
         identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -164,6 +177,19 @@ class ChunkFiles:
             raise  # says nothing about the contents
         except (CorruptRecord, OSError):
             return State.CORRUPT
+
+
+_FOLDERS: weakref.WeakSet[ChunkFiles] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a child process: a lock that a thread held when it was made would stay held."""
+    for files in list(_FOLDERS):
+        files._new_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def sync_folder(folder: Path) -> None:

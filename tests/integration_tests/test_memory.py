@@ -93,11 +93,12 @@ def measured(indexed: tuple[str, list[str]], how: str) -> tuple[float, Any]:
 
 @pytest.mark.parametrize(
     ("how", "questions", "most"),
-    [("one", 1, 1.3), ("threads", QUESTIONS, 2), ("batch", QUESTIONS, 2)],
+    [("one", 1, 1.3), ("threads", QUESTIONS, 3), ("batch", QUESTIONS, 2)],
 )
 def test_caches_are_held_once(
     indexed: tuple[str, list[str]], how: str, questions: int, most: float
 ) -> None:
+    # what threads take beyond are their own heaps: the C library keeps one for each
     times, misses = measured(indexed, how)
     assert misses == [0] * questions
     assert 0.9 < times <= most

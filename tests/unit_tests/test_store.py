@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sqlite3
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -385,6 +387,28 @@ def test_prompts_at_a_time_share_one_mapping_of_a_file(folder: FolderStore) -> N
     del one, other
     gc.collect()
     assert folder.get(record.key) is not None
+
+
+def test_threads_at_a_time_share_one_mapping(folder: FolderStore) -> None:
+    record = make_record(1, 2, 3)
+    folder.put(record)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(folder.get, [record.key] * 40))
+    assert len({id(each) for each in found}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_reads_whatever_threads_did_when_it_was_made(folder: FolderStore) -> None:
+    record = make_record(1, 2, 3)
+    folder.put(record)
+    for lock in folder._files._locks:
+        lock.acquire()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if folder.get(record.key) is not None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    folder._files._new_locks()
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["as if unchanged", "later"])
