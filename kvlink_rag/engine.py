@@ -414,11 +414,11 @@ class KVLinkEngine(Prefiller):
             for question, chunks in asked
         ]
         chosen = _settings(settings)
-        for request in requests:
-            self._prompt(request, chosen.max_new_tokens)
         together = self.in_place and not self._monitor.rate
         if requests and together and requests[0].strategy in ("reuse", "link"):
             return answer_together(self, requests, chosen)
+        for request in requests:  # refuse before the first is answered
+            self._prompt(request, chosen.max_new_tokens)
         streams = [AnswerStream(self, request, chosen) for request in requests]
         return [stream.finished() for stream in streams]
 

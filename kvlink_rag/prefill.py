@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -66,7 +67,7 @@ class Prompt:
     room: int
     lasting: bool
 
-    @property
+    @cached_property
     def cached(self) -> list[Segment]:
         """Prefix and chunks, whose caches may be stored."""
         return [segment for segment in self.segments if segment.kind in ("prefix", "chunk")]
@@ -77,7 +78,7 @@ class Prompt:
         computed = [s for s in self.segments if s.kind in ("link", "question")]
         return [place for segment in computed for place in range(segment.start, segment.stop)]
 
-    @property
+    @cached_property
     def wanted(self) -> list[Wanted]:
         """Of prefix and chunks the token ids, and what they are encoded behind."""
         return [(tuple(self.token_ids[s.start : s.stop]), s.behind) for s in self.cached]

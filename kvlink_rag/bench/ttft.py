@@ -63,8 +63,8 @@ def measure_length(
     """
     engine = engine.with_store(FolderStore(folder))
     engine.index(chunks, progress=False)
-    prefill = engine.prefill(QUESTION, chunks, strategy="reuse")
-    ways = _ways(engine, folder, prefill.report.bytes_read)
+    tokens, question_tokens, nbytes = _sizes(engine, chunks)
+    ways = _ways(engine, folder, nbytes)
     if linking is not None:
         linking = linking.with_store(engine.store)
         linking.index(chunks, progress=False)  # a whole-model adapter has caches of its own
@@ -77,13 +77,19 @@ def measure_length(
         for name in rng.sample(list(ways), len(ways)):
             series[name].values.append(ways[name](order))
         step()
+    return LengthResult(tokens, question_tokens, nbytes, series)
+
+
+def _sizes(engine: KVLinkEngine, chunks: Sequence[Chunk]) -> tuple[int, int, int]:
+    """Tokens of prompt and question, bytes of caches.
+
+    No prefill outlives this: files that somebody holds mapped are neither mapped anew nor dropped
+    from the page cache.
+    """
+    prefill = engine.prefill(QUESTION, chunks, strategy="reuse")
     question = prefill.segments[-1]
-    return LengthResult(
-        tokens=len(prefill.token_ids),
-        question_tokens=question.stop - question.start,
-        bytes_read=prefill.report.bytes_read,
-        series=series,
-    )
+    tokens = len(prefill.token_ids)
+    return tokens, question.stop - question.start, prefill.report.bytes_read
 
 
 def _ways(engine: KVLinkEngine, folder: Path, nbytes: int) -> dict[str, Way]:
