@@ -2,8 +2,8 @@
 
 On CPU, torch's kernel repeats key and value heads for each query head and is slow for few queries
 over many keys. Here the query heads of a group are folded into the queries of one matrix product
-with their key head, a block of queries at a time: measured 1.4 times faster (batches of chunks) to 9
-times (one query over 5,000 tokens), and the cache is read where it lies.
+with their key head, a block of queries at a time, and the cache is read where it lies: measured 1.4
+times (batches of chunks) to 9 times faster (one query over 5,000 tokens).
 
 On other devices it is torch's, whose fast causal attention needs as many keys as queries. Chunks
 that are encoded behind a prefix have a few more, for which transformers builds a mask, and with a
