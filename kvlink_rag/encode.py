@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from kvlink_rag.architecture import Architecture
 from kvlink_rag.attention import fast_attention
 from kvlink_rag.chunk import ChunkKV
-from kvlink_rag.link import ContextCache
+from kvlink_rag.link import ContextCache, new_cache
 
 Memory = tuple[torch.Tensor, torch.Tensor]
 """Flat memory for keys and for values."""
@@ -48,11 +48,7 @@ class Encoder:
         self, capacity: int, batch: int = 1, memory: Memory | None = None
     ) -> ContextCache:
         """An empty cache of this model's sizes."""
-        a = self.architecture
-        return ContextCache(
-            a.layers, a.kv_heads, a.head_dim, a.value_dim, capacity,
-            batch=batch, dtype=a.dtype, device=a.device, memory=memory,
-        )  # fmt: skip
+        return new_cache(self.architecture, capacity, batch, memory)
 
     def encode(
         self,

@@ -24,7 +24,8 @@ from kvlink_rag.attention import is_plain, use_attention
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.forward import inputs
-from kvlink_rag.link import ContextCache
+from kvlink_rag.link import ContextCache, new_cache
+from kvlink_rag.rope import turn
 
 NAME = "kvlink_in_place"
 BLOCK_QUERIES = 64
@@ -96,16 +97,16 @@ class LinkedContext:
         self.spans = list(spans)
         self.own = own
         self.positions: list[int] = []
-        shifts = torch.tensor([span.shift for span in spans], dtype=torch.float32)
-        self._turns: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        # queries go back as far as the keys would go forward
+        shifts = -torch.tensor([span.shift for span in spans], dtype=torch.float32)
+        self._angles: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # cosines and sines
         for group in architecture.groups:
-            turn = None
+            its = None
             if group.inv_freq is not None and spans:
-                angles = shifts[:, None] * group.inv_freq.to(torch.float32)
-                cos, sin = angles.cos(), angles.sin()
-                turn = (cos[:, None, None], sin[:, None, None])  # [spans, 1, 1, half]
+                angles = shifts[:, None, None, None] * group.inv_freq.to(torch.float32)
+                its = (angles.cos(), angles.sin())  # [spans, 1, 1, half]
             count = len(range(*group.layers.indices(architecture.layers)))
-            self._turns += [turn] * count
+            self._angles += [its] * count
         self._blocks: dict[int | None, list[_Block]] = {}
 
     @property
@@ -135,10 +136,7 @@ class LinkedContext:
     def copied(self) -> ContextCache:
         """All of it in one cache, with as much room for more tokens as there is here."""
         a, own, used = self.architecture, self.own, len(self.positions)
-        capacity = self.stop + own.capacity - used
-        cache = ContextCache(
-            a.layers, a.kv_heads, a.head_dim, a.value_dim, capacity, dtype=a.dtype, device=a.device
-        )
+        cache = new_cache(a, self.stop + own.capacity - used)
         for span in self.spans:
             cache.place(span.record, span.start, a.groups)
         where = torch.tensor(self.positions, dtype=torch.long)
@@ -203,17 +201,11 @@ class LinkedContext:
 
     def _turned(self, rows: torch.Tensor, layer: int, block: _Block) -> torch.Tensor:
         """Queries as they meet each span that is seen, ``[spans, kv_heads, rows, head_dim]``."""
-        turn, count = self._turns[layer], len(block.seen)
-        if turn is None or not count:
+        angles, count = self._angles[layer], len(block.seen)
+        if angles is None or not count:
             return rows.expand(count, *rows.shape)
-        cos, sin = (each[block.indices] for each in turn)
-        half = cos.shape[-1]
-        first, second = rows[..., :half].float(), rows[..., half : 2 * half].float()
-        turned = rows.new_empty(count, *rows.shape)
-        turned[..., :half] = first * cos + second * sin  # back: by the negative angle
-        turned[..., half : 2 * half] = second * cos - first * sin
-        turned[..., 2 * half :] = rows[..., 2 * half :]
-        return turned
+        cos, sin = (each[block.indices] for each in angles)
+        return turn(rows, cos, sin, rows.new_empty(count, *rows.shape))
 
 
 def _cut(positions: Sequence[int]) -> Iterator[slice]:
@@ -304,17 +296,14 @@ def serves(model: PreTrainedModel, architecture: Architecture) -> bool:
     """Whether a model's attention is what is computed here: measured on a few tokens."""
     if not architecture.foldable:
         return False
-    a, count = architecture, 5
-    token_ids = list(range(1, 1 + count))
-    own = ContextCache(
-        a.layers, a.kv_heads, a.head_dim, a.value_dim, count, dtype=a.dtype, device=a.device
-    )
+    token_ids = list(range(1, 6))
+    own = new_cache(architecture, len(token_ids))
     try:
-        found = LinkedContext(architecture, [], own).run(model, token_ids, range(count))
+        found = LinkedContext(architecture, [], own).run(model, token_ids, range(len(token_ids)))
     except UnsupportedModelError:
         return False
     expected = model(input_ids=torch.tensor([token_ids]), logits_to_keep=1).logits[0, -1].float()
-    tolerance = 1e-3 if a.dtype == torch.float32 else 0.1
+    tolerance = 1e-3 if architecture.dtype == torch.float32 else 0.1
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 

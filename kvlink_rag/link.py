@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvlink_rag.architecture import Architecture
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.rope import RopeGroup, shift_groups
 
@@ -150,3 +151,17 @@ class ContextCache(Cache):
         for row in range(self.key_buffer.shape[1]):
             shift_groups(keys, shift, groups, out=self.key_buffer[:, row, :, start:stop])
             self.value_buffer[:, row, :, start:stop].copy_(values)
+
+
+def new_cache(
+    architecture: Architecture,
+    capacity: int,
+    batch: int = 1,
+    memory: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> ContextCache:
+    """An empty cache of a model's sizes."""
+    a = architecture
+    return ContextCache(
+        a.layers, a.kv_heads, a.head_dim, a.value_dim, capacity,
+        batch=batch, dtype=a.dtype, device=a.device, memory=memory,
+    )  # fmt: skip

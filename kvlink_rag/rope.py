@@ -43,10 +43,9 @@ def rotate(
     positions: torch.Tensor,
     inv_freq: torch.Tensor,
     *,
-    inverse: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotate keys by ``positions`` forward, or with ``inverse`` back.
+    """Rotate keys by ``positions``, which are forward if positive and back if negative.
 
     The angles and the products are float32 whatever the keys' type. A yarn model's attention
     factor is part of its cached keys already and is not applied here.
@@ -58,23 +57,31 @@ def rotate(
         inv_freq: ``[rotary_dim / 2]`` float32.
         out: where to write, same shape as ``keys``; may be ``keys`` itself. None makes a new one.
     """
-    half = inv_freq.shape[0]
     angles = positions.to(torch.float32)[:, None] * inv_freq.to(torch.float32)  # [tokens, half]
-    cos, sin = angles.cos(), angles.sin()
-    if inverse:
-        sin = -sin
     if out is None:
         out = torch.empty_like(keys)
-    first = keys[..., :half].to(torch.float32)
-    second = keys[..., half : 2 * half].to(torch.float32)
+    return turn(keys, angles.cos(), angles.sin(), out)
+
+
+def turn(
+    vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Turn vectors ``[..., head_dim]`` by angles ``[..., half]`` that broadcast with them.
+
+    Args:
+        out: where to write; the shape that the broadcast gives. May be ``vectors`` itself.
+    """
+    half = cos.shape[-1]
+    first = vectors[..., :half].to(torch.float32)
+    second = vectors[..., half : 2 * half].to(torch.float32)
     rotated = first * cos
     rotated.addcmul_(second, sin, value=-1)
     other = second * cos
     other.addcmul_(first, sin)
     out[..., :half].copy_(rotated)
     out[..., half : 2 * half].copy_(other)
-    if out.data_ptr() != keys.data_ptr() and 2 * half < keys.shape[-1]:
-        out[..., 2 * half :].copy_(keys[..., 2 * half :])
+    if out.data_ptr() != vectors.data_ptr() and 2 * half < vectors.shape[-1]:
+        out[..., 2 * half :].copy_(vectors[..., 2 * half :])
     return out
 
 
@@ -83,7 +90,6 @@ def shift_groups(
     positions: torch.Tensor,
     groups: Sequence[RopeGroup],
     *,
-    inverse: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`rotate` over all layers; ``keys`` and ``out``: ``[layers, ..., tokens, head_dim]``."""
@@ -93,11 +99,5 @@ def shift_groups(
         if group.inv_freq is None:
             out[group.layers].copy_(keys[group.layers])
         else:
-            rotate(
-                keys[group.layers],
-                positions,
-                group.inv_freq,
-                inverse=inverse,
-                out=out[group.layers],
-            )
+            rotate(keys[group.layers], positions, group.inv_freq, out=out[group.layers])
     return out
