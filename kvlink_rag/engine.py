@@ -197,7 +197,7 @@ class KVLinkEngine(Prefiller):
                 fidelity_rate=self._monitor.rate,
                 fidelity_limit=self._monitor.limit,
             )
-        twin._model_lock = self._model_lock
+        twin._model_lock, twin._scratch = self._model_lock, self._scratch
         return twin
 
     # Indexing

@@ -26,12 +26,16 @@ from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.forward import inputs
 from kvlink_rag.link import ContextCache, new_cache
 from kvlink_rag.rope import turn
+from kvlink_rag.scratch import Scratch
 
 NAME = "kvlink_in_place"
 BLOCK_QUERIES = 64
 """Queries that attention is computed for at once: their scores stay in the processor's cache."""
 LEAST_QUERIES = 12
 """Below, another block costs more than it saves."""
+FEW_ROWS, FEW_TOKENS = 12, 256
+"""Up to these sizes a half-precision matrix product costs less in float32: for half precision a
+kernel of a megabyte is made for every size that a process meets, for milliseconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +89,21 @@ class LinkedContext:
         architecture: of the model that the spans are for; on CPU.
         spans: prefix and chunks, in any order.
         own: an empty cache with room for all other tokens of prompt and answer.
+        scratch: what all contexts of a model compute in.
 
     Attributes:
         positions: of the tokens in ``own``.
     """
 
     def __init__(
-        self, architecture: Architecture, spans: Sequence[Span], own: ContextCache
+        self,
+        architecture: Architecture,
+        spans: Sequence[Span],
+        own: ContextCache,
+        scratch: Scratch,
     ) -> None:
         self.architecture = architecture
+        self._scratch = scratch
         self.spans = list(spans)
         self.own = own
         self.positions: list[int] = []
@@ -184,20 +194,42 @@ class LinkedContext:
         result = mixed.view(queries, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
         for block in self._blocks[self.architecture.windows[layer]]:
             rows = folded[:, :, block.queries]
-            turned = self._turned(rows.reshape(kv_heads, -1, dim), layer, block)
-            scores, values = [], []
-            for its, (index, bias) in zip(turned, block.seen, strict=True):
-                record = self.spans[index].record
-                scores.append(_scores(its, record.keys[layer], bias))
-                values.append(record.values[layer])
-            scores.append(_scores(rows.reshape(kv_heads, -1, dim), own_keys, block.own))
-            values.append(own_values)
-            lengths = [each.shape[1] for each in values]
-            weights = torch.split_with_sizes(torch.cat(scores, -1).softmax(-1), lengths, -1)
-            parts = [torch.bmm(w, v) for w, v in zip(weights, values, strict=True)]
-            out = torch.stack(parts).sum(0, dtype=torch.float32)
+            out = self._mixed(rows.reshape(kv_heads, -1, dim), layer, block, own_keys, own_values)
             result[:, :, block.queries] = out.view(*rows.shape[:3], -1).to(query.dtype)
         return mixed
+
+    def _mixed(
+        self,
+        rows: torch.Tensor,
+        layer: int,
+        block: _Block,
+        own_keys: torch.Tensor,
+        own_values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of a block's queries, ``[kv_heads, rows, head_dim]``; float32 values mixed."""
+        records = [self.spans[index].record for index, _ in block.seen]
+        keys = [*(record.keys[layer] for record in records), own_keys]
+        values = [*(record.values[layer] for record in records), own_values]
+        biases = [*(bias for _, bias in block.seen), block.own]
+        lengths = [each.shape[1] for each in keys]
+        shape = (*rows.shape[:2], sum(lengths))
+        scores = self._scratch.tensor("scores", shape, rows.dtype)
+        turned = [*self._turned(rows, layer, block), rows]
+        parts = torch.split_with_sizes(scores, lengths, 2)
+        for its, key, bias, out in zip(turned, keys, biases, parts, strict=True):
+            _multiply(
+                its, key.transpose(1, 2), out, few=key is own_keys or key.shape[1] <= FEW_TOKENS
+            )
+            if bias is not None:  # the same for all query heads
+                out.view(len(out), -1, *bias.shape).add_(bias)
+        weights = self._scratch.tensor("weights", shape, rows.dtype)
+        torch.softmax(scores, -1, out=weights)
+        parts = torch.split_with_sizes(weights, lengths, 2)
+        mixed = rows.new_empty(len(keys), *rows.shape[:2], own_values.shape[2])
+        for weight, value, out in zip(parts, values, mixed, strict=True):
+            few = value is own_values or value.shape[1] <= FEW_TOKENS
+            _multiply(weight, value, out, few)
+        return mixed.sum(0, dtype=torch.float32)
 
     def _turned(self, rows: torch.Tensor, layer: int, block: _Block) -> torch.Tensor:
         """Queries as they meet each span that is seen, ``[spans, kv_heads, rows, head_dim]``."""
@@ -206,6 +238,18 @@ class LinkedContext:
             return rows.expand(count, *rows.shape)
         cos, sin = (each[block.indices] for each in angles)
         return turn(rows, cos, sin, rows.new_empty(count, *rows.shape))
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, few: bool) -> None:
+    """Batched ``out = a @ b``.
+
+    Args:
+        few: tokens of which there are few, or another number of each time.
+    """
+    if few and a.shape[1] <= FEW_ROWS:
+        out.copy_(torch.bmm(a.float(), b.float()))
+    else:
+        torch.bmm(a, b, out=out)
 
 
 def _cut(positions: Sequence[int]) -> Iterator[slice]:
@@ -235,14 +279,6 @@ def _bias(
     if window is not None:
         seen &= distance < window
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-
-
-def _scores(rows: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``[kv_heads, rows, tokens]``; the bias is the same for all query heads."""
-    scores = torch.bmm(rows, keys.transpose(1, 2))
-    if bias is not None:
-        scores.view(len(keys), -1, *bias.shape).add_(bias)
-    return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,7 +335,7 @@ def serves(model: PreTrainedModel, architecture: Architecture) -> bool:
     token_ids = list(range(1, 6))
     own = new_cache(architecture, len(token_ids))
     try:
-        found = LinkedContext(architecture, [], own).run(model, token_ids, range(len(token_ids)))
+        found = LinkedContext(architecture, [], own, Scratch()).run(model, token_ids, range(5))
     except UnsupportedModelError:
         return False
     expected = model(input_ids=torch.tensor([token_ids]), logits_to_keep=1).logits[0, -1].float()

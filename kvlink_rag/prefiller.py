@@ -31,6 +31,7 @@ from kvlink_rag.prompt import (
 )
 from kvlink_rag.relevance import attention_paid
 from kvlink_rag.report import Report, Stopwatch
+from kvlink_rag.scratch import Scratch
 from kvlink_rag.store import KVStore
 
 Computed = tuple[ChunkKV, list[str]]
@@ -77,6 +78,7 @@ class Prefiller:
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self._encoder = Encoder(self.model, self.architecture)
         self._model_lock = threading.RLock()
+        self._scratch = Scratch()  # used under the lock
         self._prefetcher = Prefetcher(self._wanted, self._load_one)
 
     @property
@@ -277,7 +279,7 @@ class Prefiller:
         """Spans as one context; places of link tokens are left to the forward pass."""
         if self.in_place and strategy in ("reuse", "link"):
             own = self._encoder.new_cache(room - sum(span.stop - span.start for span in spans))
-            return LinkedContext(self.architecture, spans, own)
+            return LinkedContext(self.architecture, spans, own, self._scratch)
         cache = self._encoder.new_cache(room)
         for span in spans:
             cache.place(span.record, span.start, self.architecture.groups)

@@ -40,7 +40,7 @@ def peak(act):
 
 model, store, texts, how = json.loads(sys.stdin.read())
 engine = KVLinkEngine.from_pretrained(model, store=store)
-engine.answer("Are you ready?", [], max_new_tokens=2)
+engine.answer("Are you ready?", ["Ready is who has begun."], max_new_tokens=2)
 chunks = [Chunk(text) for text in texts]
 reports = []
 
@@ -93,12 +93,11 @@ def measured(indexed: tuple[str, list[str]], how: str) -> tuple[float, Any]:
 
 @pytest.mark.parametrize(
     ("how", "questions", "most"),
-    [("one", 1, 1.3), ("threads", QUESTIONS, 3), ("batch", QUESTIONS, 2)],
+    [("one", 1, 1.3), ("threads", QUESTIONS, 2), ("batch", QUESTIONS, 2)],
 )
 def test_caches_are_held_once(
     indexed: tuple[str, list[str]], how: str, questions: int, most: float
 ) -> None:
-    # what threads take beyond are their own heaps: the C library keeps one for each
     times, misses = measured(indexed, how)
     assert misses == [0] * questions
     assert 0.9 < times <= most
