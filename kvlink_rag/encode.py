@@ -43,6 +43,7 @@ class Encoder:
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
         self.model = model
         self.architecture = architecture
+        self._start: ChunkKV | None = None  # what the last texts were encoded behind
 
     def new_cache(
         self, capacity: int, batch: int = 1, memory: Memory | None = None
@@ -65,13 +66,19 @@ class Encoder:
         batches = plan_batches([len(text) for text in texts], max_batch_tokens)
         if not batches:
             return
-        start = self.encode_batch([list(behind)], None, None)[0] if behind else None
+        start = self._encoded(tuple(behind)) if behind else None
         memory = self._memory(
             max(len(rows) * (len(behind) + len(texts[rows[0]])) for rows in batches)
         )
         for rows in batches:
             records = self.encode_batch([texts[i] for i in rows], start, memory)
             yield list(zip(rows, records, strict=True))
+
+    def _encoded(self, behind: tuple[int, ...]) -> ChunkKV:
+        """The cache of what texts are encoded behind: nearly always the same."""
+        if self._start is None or self._start.token_ids != behind:
+            self._start = self.encode_batch([list(behind)], None, None)[0]
+        return self._start
 
     def _memory(self, tokens: int) -> Memory:
         """Flat tensors for the keys and values of one batch of ``tokens`` padded tokens."""
