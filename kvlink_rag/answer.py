@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvlink_rag.chunk import Chunk
 from kvlink_rag.conversation import Message
 from kvlink_rag.generate import GenerateSettings, Sampler, TextStream
+from kvlink_rag.model_lock import let_go
 from kvlink_rag.prefill import Prefill, RecomputeBy, Strategy
 from kvlink_rag.report import Report, Stopwatch
 
@@ -115,6 +116,7 @@ class AnswerStream:
             prefill = self._check(prefill, watch)
         sampler = Sampler(settings, engine.architecture.device)
         token = sampler.choose(prefill.logits)
+        let_go()  # large vocabularies take a team
         report.sample_s, report.ttft_s = watch.lap(), watch.laps()
         tokens = engine._tokens(prefill, sampler, token, settings.max_new_tokens)
         pieces = self._text_pieces(tokens)

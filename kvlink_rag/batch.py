@@ -82,8 +82,9 @@ def answer_together(
     with engine._model_lock:
         logits = run_together(engine.reader, parts, engine._links(requests[0]))
     times.forward_s = watch.lap()
-    for row, its in zip(rows, logits, strict=True):
-        row.push(row.sampler.choose(its))
+    with engine._model_lock:
+        for row, its in zip(rows, logits, strict=True):
+            row.push(row.sampler.choose(its))
     times.sample_s, times.ttft_s = watch.lap(), watch.laps()
     kept = [c for row in rows for c in engine._computed(row.request, row.prompt, made)]
     engine._keep(kept)
@@ -109,5 +110,5 @@ def _decode(engine: KVLinkEngine, contexts: dict[_Row, LinkedContext], watch: St
         ]
         with engine._model_lock:
             logits = run_together(engine.reader, parts)
-        for row, its in zip(contexts, logits, strict=True):
-            row.push(row.sampler.choose(its))
+            for row, its in zip(contexts, logits, strict=True):
+                row.push(row.sampler.choose(its))

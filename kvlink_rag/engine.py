@@ -461,7 +461,8 @@ class KVLinkEngine(Prefiller):
     ) -> tuple[Fidelity, Prefill]:
         """A prefill's fidelity, and the full prefill of the same request."""
         full, _ = self._prefill(replace(request, strategy="full"), new_tokens, Stopwatch())
-        return compare(full.logits, prefill.logits), full
+        with self._model_lock:
+            return compare(full.logits, prefill.logits), full
 
     def _tokens(self, prefill: Prefill, sampler: Sampler, first: int, count: int) -> Iterator[int]:
         """The first token, then up to ``count - 1`` more, ending with an end token."""
@@ -471,8 +472,7 @@ class KVLinkEngine(Prefiller):
             if produced == count or token in self.stop_ids:
                 return
             with self._model_lock:
-                logits = prefill.run([token])
-            token = sampler.choose(logits)
+                token = sampler.choose(prefill.run([token]))
 
     # Async twins: the work runs in a thread, the event loop stays free.
 

@@ -6,9 +6,10 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from kvlink_rag.chunk import Chunk, ChunkKV
+from kvlink_rag.threads import Threads
 
 Wanted = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids and what they are encoded behind."""
@@ -33,18 +34,16 @@ class Prefetcher:
         self._load = load
         self._loading: OrderedDict[Wanted, Future[ChunkKV | None]] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads = Threads("kvlink-prefetch", THREADS)
         self._owner = 0
 
     def start(self, chunks: Iterable[Chunk]) -> list[Future[None]]:
         """Begin to load; the futures are done when the caches are there."""
         with self._lock:
-            if self._pool is None or self._owner != os.getpid():  # threads do not survive a fork
-                self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="kvlink-prefetch")
+            if self._owner != os.getpid():  # nobody finishes what was begun before a fork
                 self._owner = os.getpid()
                 self._loading.clear()
-            pool = self._pool
-        return [pool.submit(self._fetch, chunk) for chunk in chunks]
+        return [self._threads.submit(self._fetch, chunk) for chunk in chunks]
 
     def take(self, wanted: Wanted) -> ChunkKV | None:
         """A cache that was loaded ahead, or is just being loaded; None if there is none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.forward import run_at, run_behind
 from kvlink_rag.in_place import LinkedContext, Span, serves
 from kvlink_rag.link import ContextCache
+from kvlink_rag.model_lock import ModelLock
 from kvlink_rag.prefetch import Prefetcher, Wanted
 from kvlink_rag.prefill import Prefill, Prompt, Segment, SegmentKind, Strategy
 from kvlink_rag.prompt import (
@@ -33,12 +33,16 @@ from kvlink_rag.relevance import attention_paid
 from kvlink_rag.report import Report, Stopwatch
 from kvlink_rag.scratch import Scratch
 from kvlink_rag.store import KVStore
+from kvlink_rag.threads import Threads
 
 Computed = tuple[ChunkKV, list[str]]
 """A record that was computed, and ids of the documents that refer to it."""
 
 BATCH_TOKENS = {"cpu": 1536}
 """Padded tokens in one forward pass while indexing; other devices than these take 16,384."""
+
+LOAD_THREADS = 4
+"""Caches of a prompt that are read and verified at a time."""
 
 
 class Prefiller:
@@ -74,12 +78,14 @@ class Prefiller:
                 f"encode_behind must be one of {get_args(EncodeBehind)}, not {encode_behind!r}"
             )
         self.behind = tuple(self.layout.behind(encode_behind))
-        self.in_place = serves(self.reader, self.architecture)
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self._encoder = Encoder(self.model, self.architecture)
-        self._model_lock = threading.RLock()
+        self._model_lock = ModelLock()
         self._scratch = Scratch()  # used under the lock
+        with self._model_lock:
+            self.in_place = serves(self.reader, self.architecture)
         self._prefetcher = Prefetcher(self._wanted, self._load_one)
+        self._loading = Threads("kvlink-load", LOAD_THREADS)
 
     @property
     def fingerprint(self) -> str:
@@ -212,10 +218,11 @@ class Prefiller:
 
     def _load(self, wanted: Iterable[Wanted]) -> dict[Wanted, ChunkKV | None]:
         """Records from the store, compared with what was asked for: no digest is trusted alone."""
-        return {
-            each: self._prefetcher.take(each) or self._load_one(each)
-            for each in dict.fromkeys(wanted)
-        }
+        each = list(dict.fromkeys(wanted))
+        return dict(zip(each, self._loading.all(self._fetched, each), strict=True))
+
+    def _fetched(self, wanted: Wanted) -> ChunkKV | None:
+        return self._prefetcher.take(wanted) or self._load_one(wanted)
 
     def _load_one(self, wanted: Wanted) -> ChunkKV | None:
         text, behind = wanted

@@ -10,7 +10,6 @@ import tiny
 
 from kvlink_rag import Chunk, InputError, KVLinkEngine, prefetch
 from kvlink_rag.chunk import ChunkKV
-from kvlink_rag.prefetch import Prefetcher
 from kvlink_rag.store import MemoryStore
 
 CHUNKS = [Chunk("The tower is 330 m tall."), Chunk("Bees dance.", title="Bees"), Chunk("x")]
@@ -137,12 +136,22 @@ def test_nothing_is_no_chunk(engine):
         engine.prefetch("a")
 
 
-def test_after_a_fork_threads_are_made_anew(monkeypatch):
-    made = Prefetcher(lambda chunk: ((1,), ()), lambda wanted: None)
-    [future] = made.start([Chunk("a")])
-    future.result(30)
-    first = made._pool
-    monkeypatch.setattr(prefetch.os, "getpid", lambda: -1)
-    [future] = made.start([Chunk("a")])
-    future.result(30)
-    assert made._pool is not first
+def test_after_a_fork_nothing_is_waited_for(engine, monkeypatch):
+    fetched(engine)
+    assert len(engine._prefetcher._loading) == 3
+    monkeypatch.setattr(prefetch.os, "getpid", lambda: -1)  # and so nobody is left who loads
+    fetched(engine, CHUNKS[:1])
+    assert len(engine._prefetcher._loading) == 1
+
+
+def test_the_caches_of_a_prompt_are_loaded_side_by_side(engine):
+    both = threading.Barrier(2)
+    get = engine.store.get
+
+    def meet(key):
+        if key in engine.keys(CHUNKS[:2]):
+            both.wait(30)  # breaks where one waits for the other
+        return get(key)
+
+    engine.store.get = meet
+    assert engine.answer(QUESTION, CHUNKS, max_new_tokens=1).report.hits == 3
