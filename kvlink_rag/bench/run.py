@@ -23,7 +23,8 @@ from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.progress import bar
 
-LENGTHS = (1000, 2000, 4000, 5000, 8000)
+LENGTHS = (1000, 2000, 5000, 8000)
+DECODE_TOKENS = 5000
 
 
 @dataclass
@@ -31,11 +32,13 @@ class BenchResult:
     """Everything one run measured.
 
     Attributes:
-        decode_s: seconds a token behind the longest prompt.
+        decode_tokens: of the prompt that was decoded behind.
+        decode_s: seconds a token behind it.
     """
 
     machine: dict[str, Any]
     lengths: list[LengthResult]
+    decode_tokens: int
     decode_s: dict[str, Series]
     indexing: list[IndexResult]
 
@@ -50,6 +53,7 @@ class BenchResult:
                 }
                 for each in self.lengths
             ],
+            "decode_tokens": self.decode_tokens,
             "decode_s_per_token": {name: s.as_dict() for name, s in self.decode_s.items()},
             "indexing": [
                 {
@@ -107,7 +111,8 @@ def run_bench(
             chunks = cut_chunks(engine, ids, length, rng)
             place = folder / f"ttft-{length}"
             results.append(measure_length(engine, linking, place, chunks, repeats, rng, step))
-        chunks = cut_chunks(engine, ids, max(lengths), rng)
+        behind = min(max(lengths), DECODE_TOKENS)
+        chunks = cut_chunks(engine, ids, behind, rng)
         decode = measure_decode(engine, folder / "decode", chunks, repeats, step)
         indexing = [measure_indexing(engine, ids, mix, folder, repeats, rng, step) for mix in MIXES]
-    return BenchResult(machine(engine), results, decode, indexing)
+    return BenchResult(machine(engine), results, behind, decode, indexing)

@@ -46,7 +46,7 @@ def table(result: BenchResult) -> str:
     decode = ", ".join(f"{name} {1000 * s.median:.0f} ms" for name, s in result.decode_s.items())
     lines += [
         "",
-        f"Decoding a token over {result.lengths[-1].tokens} tokens: {decode}.",
+        f"Decoding a token over about {result.decode_tokens} tokens: {decode}.",
         ", ".join(f"{name} {value}" for name, value in result.machine.items()) + ".",
     ]
     return "\n".join(lines)

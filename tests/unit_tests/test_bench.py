@@ -27,6 +27,7 @@ WAYS = {
     "full",
     "full, fast attention",
     "recompute",
+    "recompute by question",
     "reuse, page cache dropped",
     "reuse",
     "reuse, RAM tier",
