@@ -13,7 +13,17 @@ ROOT = Path(kvlink_rag.__file__).parent
 
 # From the ground up: a module imports only from its own floor and those below.
 FLOORS = [
-    {"errors", "chunk", "rope", "fidelity", "report", "progress"},
+    {
+        "errors",
+        "chunk",
+        "rope",
+        "fidelity",
+        "report",
+        "progress",
+        "scratch",
+        "threads",
+        "model_lock",
+    },
     {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
     {"prefetch"},
     {"adapter", "presets", "encode", "forward", "in_place", "relevance", "prefill", "load"},
