@@ -81,8 +81,7 @@ def answer_together(
     times.link_s = watch.lap()
     with engine._model_lock:
         logits = run_together(engine.reader, parts, engine._links(requests[0]))
-    times.forward_s = watch.lap()
-    with engine._model_lock:
+        times.forward_s = watch.lap()
         for row, its in zip(rows, logits, strict=True):
             row.push(row.sampler.choose(its))
     times.sample_s, times.ttft_s = watch.lap(), watch.laps()
