@@ -66,7 +66,7 @@ class Encoder:
         batches = plan_batches([len(text) for text in texts], max_batch_tokens)
         if not batches:
             return
-        start = self._encoded(tuple(behind)) if behind else None
+        start = self._start_of(tuple(behind)) if behind else None
         memory = self._memory(
             max(len(rows) * (len(behind) + len(texts[rows[0]])) for rows in batches)
         )
@@ -74,10 +74,15 @@ class Encoder:
             records = self.encode_batch([texts[i] for i in rows], start, memory)
             yield list(zip(rows, records, strict=True))
 
-    def _encoded(self, behind: tuple[int, ...]) -> ChunkKV:
+    def has_encoded(self, behind: tuple[int, ...]) -> bool:
+        """Whether encoding behind these tokens would not run them through the model again."""
+        return self._start is not None and self._start.token_ids == behind
+
+    def _start_of(self, behind: tuple[int, ...]) -> ChunkKV:
         """The cache of what texts are encoded behind: nearly always the same."""
-        if self._start is None or self._start.token_ids != behind:
+        if not self.has_encoded(behind):
             self._start = self.encode_batch([list(behind)], None, None)[0]
+        assert self._start is not None
         return self._start
 
     def _memory(self, tokens: int) -> Memory:

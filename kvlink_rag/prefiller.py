@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -37,6 +37,20 @@ from kvlink_rag.threads import Threads
 
 Computed = tuple[ChunkKV, list[str]]
 """A record that was computed, and ids of the documents that refer to it."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What had to be computed.
+
+    Attributes:
+        records: the caches.
+        before: tokens that ran for what they are encoded behind: none where that was kept.
+    """
+
+    records: dict[Wanted, ChunkKV]
+    before: dict[tuple[int, ...], int]
+
 
 BATCH_TOKENS = {"cpu": 1536}
 """Padded tokens in one forward pass while indexing; other devices than these take 16,384."""
@@ -109,7 +123,7 @@ class Prefiller:
         wanted = (tuple(token_ids), tuple(behind))
         record = self._load([wanted])[wanted]
         if record is None:
-            record = self._compute({wanted: None})[wanted]
+            record = self._compute({wanted: None}).records[wanted]
             if keep:
                 self._keep([(record, [])])
         return record
@@ -237,25 +251,26 @@ class Prefiller:
             return None
         return record
 
-    def _compute(self, found: Mapping[Wanted, ChunkKV | None]) -> dict[Wanted, ChunkKV]:
+    def _compute(self, found: Mapping[Wanted, ChunkKV | None]) -> Made:
         """Encode what was not found: chunks behind ``self.behind``, the prefix alone."""
-        computed: dict[Wanted, ChunkKV] = {}
+        made = Made({}, {})
         missing = [wanted for wanted, record in found.items() if record is None]
         for behind in {behind for _, behind in missing}:
             texts = [text for text, its in missing if its == behind and text]
             with self._model_lock:
+                made.before[behind] = 0 if self._encoder.has_encoded(behind) else len(behind)
                 for batch in self._encoder.encode(
                     texts, behind, max_batch_tokens=self.batch_tokens
                 ):
-                    computed |= {(texts[i], behind): record for i, record in batch}
-        return computed
+                    made.records.update(((texts[i], behind), record) for i, record in batch)
+        return made
 
     def _link(
         self,
         request: Request,
         prompt: Prompt,
         found: Mapping[Wanted, ChunkKV | None],
-        made: Mapping[Wanted, ChunkKV],
+        made: Made,
         report: Report,
     ) -> ContextCache | LinkedContext:
         """The context up to the question; reports what it is made of.
@@ -272,12 +287,12 @@ class Prefiller:
             if record is not None:
                 report.reused_tokens += len(text)
             if text:
-                spans.append(Span(record or made[wanted], segment.start))
+                spans.append(Span(record or made.records[wanted], segment.start))
         mine = dict.fromkeys(prompt.wanted)
         report.bytes_read = sum(record.nbytes for each in mine if (record := found[each]))
         missing = [wanted for wanted in mine if found[wanted] is None]
         report.computed_tokens = sum(len(text) for text, _ in missing)
-        report.computed_tokens += sum(len(behind) for behind in {behind for _, behind in missing})
+        report.computed_tokens += sum(made.before[its] for its in {its for _, its in missing})
         return self._linked(spans, prompt.room, request.strategy, prompt.segments[-1].start)
 
     def _linked(
@@ -362,9 +377,7 @@ class Prefiller:
             return run_behind(model, cache, ids, links, fast=fast)
         return run_at(model, self.architecture, cache, ids, places, links)
 
-    def _computed(
-        self, request: Request, prompt: Prompt, made: Mapping[Wanted, ChunkKV]
-    ) -> list[Computed]:
+    def _computed(self, request: Request, prompt: Prompt, made: Made) -> list[Computed]:
         """What a prompt wants and was made, with the ids of the chunks that refer to it."""
         owners: dict[Wanted, list[str]] = {}
         for wanted, chunk in zip(prompt.wanted[1:], request.chunks, strict=True):
@@ -372,7 +385,8 @@ class Prefiller:
                 owners.setdefault(wanted, []).append(chunk.id)
         # a conversation goes on: nobody will ask for its prefix again
         kept = prompt.wanted if prompt.lasting else prompt.wanted[1:]
-        return [(made[each], owners.get(each, [])) for each in dict.fromkeys(kept) if each in made]
+        records = made.records
+        return [(records[w], owners.get(w, [])) for w in dict.fromkeys(kept) if w in records]
 
     def _keep(self, computed: Iterable[Computed]) -> None:
         """Store what an answer had to compute; an answer never fails for want of disk."""

@@ -99,14 +99,25 @@ class TestAnswer:
         lengths = [len(engine.layout.chunk(chunk)) for chunk in CHUNKS]
         assert first.reused_tokens == sum(lengths[:3])
         prefix, question = len(engine.layout.prefix()), len(engine.layout.question(QUESTION))
-        # two missing chunks, the prefix, what the chunks are encoded behind (once), the question
-        assert first.computed_tokens == sum(lengths[3:]) + prefix + len(engine.behind) + question
+        # two missing chunks, the prefix, the question; indexing had computed what is before chunks
+        assert first.computed_tokens == sum(lengths[3:]) + prefix + question
         second = engine.answer(QUESTION, CHUNKS[::-1], max_new_tokens=3).report
         assert (second.hits, second.misses) == (5, 0)
         assert second.computed_tokens == len(engine.layout.question(QUESTION))
         assert second.reused_tokens == sum(lengths) + len(engine.layout.prefix())
         assert second.context_tokens == second.reused_tokens + second.computed_tokens
         assert second.bytes_read == second.reused_tokens * engine.architecture.bytes_per_token
+
+    def test_what_chunks_are_encoded_behind_counts_when_it_runs(self, engine):
+        """It is computed once an engine: later answers do not report it."""
+        engine.index(CHUNKS[:1], progress=False)
+        engine.answer(QUESTION, CHUNKS[:1], max_new_tokens=1)  # the prefix is kept now
+        seen, hook = forwards(engine)
+        report = engine.answer(QUESTION, CHUNKS[:2], max_new_tokens=1).report
+        hook.remove()
+        assert report.misses == 1
+        assert engine.behind
+        assert report.computed_tokens == sum(seen)
 
     def test_only_the_question_runs_through_the_model(self, engine):
         engine.answer(QUESTION, CHUNKS, max_new_tokens=1)
