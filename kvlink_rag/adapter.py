@@ -181,11 +181,16 @@ class Adapter:
     notes: Mapping[str, Any] = field(default_factory=dict)
     name: str = "in memory"
 
-    def apply(self, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+    def apply(
+        self, model: PreTrainedModel, *, merge: bool = False
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
         """The model that encodes chunks, and the one that reads link tokens, question and answer.
 
         ``model`` itself is not changed; all share its weights in memory, except those that a
-        whole-model LoRA is merged into.
+        LoRA is merged into.
+
+        Args:
+            merge: a cache-preserving LoRA too; a whole-model one always is.
 
         Raises:
             AdapterError: it was trained for another model, or its LoRA does not fit.
@@ -203,11 +208,10 @@ class Adapter:
                 f"the LoRA of adapter {self.name!r} does not fit the model ({error}): get it anew, "
                 "or train an adapter for this model"
             ) from error
-        if self.kind == "cache-preserving":
-            return model, reader
-        for layer in lora_layers(reader):
-            layer.merge(safe_merge=True)  # into new weights: the shared ones stay as they are
-        return reader, reader
+        if merge or self.kind == "whole-model":
+            for layer in lora_layers(reader):
+                layer.merge(safe_merge=True)  # into new weights: the shared ones stay as they are
+        return (reader if self.kind == "whole-model" else model), reader
 
     def _check_links(self, model: PreTrainedModel) -> None:
         if self.links is None or self.links.embeddings is None:

@@ -63,6 +63,7 @@ class KVLinkEngine(Prefiller):
         store: KVStore,
         strategy: Strategy = "reuse",
         adapter: Adapter | None = None,
+        merge_adapter: bool = False,
         encode_behind: EncodeBehind | None = None,
         recompute_tokens: int = 16,
         recompute_by: RecomputeBy = "first",
@@ -76,11 +77,12 @@ class KVLinkEngine(Prefiller):
             name=name,
             store=store,
             adapter=adapter,
+            merge_adapter=merge_adapter,
             encode_behind=encode_behind,
             prompt=prompt,
         )
         self._base = model
-        self._chosen = (encode_behind, prompt)
+        self._chosen = (encode_behind, prompt, merge_adapter)
         self._monitor = FidelityMonitor(fidelity_rate, fidelity_limit)
         self.strategy = _check_strategy(strategy, adapter)
         self.recompute_tokens = recompute_tokens
@@ -96,6 +98,7 @@ class KVLinkEngine(Prefiller):
         ram_bytes: int = 0,
         strategy: Strategy = "reuse",
         adapter: str | Path | Adapter | None = None,
+        merge_adapter: bool = False,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         encode_behind: EncodeBehind | None = None,
@@ -118,6 +121,9 @@ class KVLinkEngine(Prefiller):
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
                 name of one that comes with the package, such as `smollm2-135m-link5`, or of a
                 preset (:mod:`kvlink_rag.presets`). It is active in every strategy.
+            merge_adapter: add the adapter's LoRA to a copy of the weights that it changes: about a
+                fifth faster on CPU, for nearly the memory of another model, and rounded to its
+                dtype. Stored caches stay the same. A whole-model adapter always is merged.
             device: `auto` takes an accelerator when there is one.
             dtype: `auto` keeps the checkpoint's.
             encode_behind: what chunks are encoded behind: the model's default `system` prefix, its
@@ -150,6 +156,7 @@ class KVLinkEngine(Prefiller):
             store=open_store(store, ram_bytes),
             strategy=strategy,
             adapter=trained,
+            merge_adapter=merge_adapter,
             encode_behind=encode_behind,
             recompute_tokens=recompute_tokens,
             recompute_by=recompute_by,
@@ -168,18 +175,20 @@ class KVLinkEngine(Prefiller):
         twin._prefetcher = Prefetcher(twin._wanted, twin._load_one)
         return twin
 
-    def with_adapter(self, adapter: str | Path | Adapter | None) -> KVLinkEngine:
+    def with_adapter(
+        self, adapter: str | Path | Adapter | None, *, merge_adapter: bool | None = None
+    ) -> KVLinkEngine:
         """A twin with another adapter, or none, that shares the base model's weights and the store.
 
         It keeps the strategy; `link` becomes `reuse` where the other has no link tokens.
 
         What this engine was given as ``encode_behind`` and ``prompt`` stays; what it was not given
-        is the other adapter's.
+        is the other adapter's. ``merge_adapter`` None stays as it is.
 
         Raises:
             AdapterError: as :meth:`from_pretrained`.
         """
-        encode_behind, prompt = self._chosen
+        encode_behind, prompt, merged = self._chosen
         trained = None if adapter is None else load_adapter(adapter)
         linked = trained is not None and trained.links is not None
         with self._model_lock:  # forward passes set attention and masks of the base model
@@ -190,6 +199,7 @@ class KVLinkEngine(Prefiller):
                 store=self.store,
                 strategy="reuse" if self.strategy == "link" and not linked else self.strategy,
                 adapter=trained,
+                merge_adapter=merged if merge_adapter is None else merge_adapter,
                 encode_behind=encode_behind,
                 recompute_tokens=self.recompute_tokens,
                 recompute_by=self.recompute_by,

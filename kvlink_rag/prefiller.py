@@ -73,13 +73,15 @@ class Prefiller:
         name: str,
         store: KVStore,
         adapter: Adapter | None,
+        merge_adapter: bool,
         encode_behind: EncodeBehind | None,
         prompt: PromptTemplate | None,
     ) -> None:
         self.adapter = adapter
+        self.model = self.reader = model
         if adapter is not None:
             adapter.check_vocabulary(model, tokenizer)
-        self.model, self.reader = adapter.apply(model) if adapter else (model, model)
+            self.model, self.reader = adapter.apply(model, merge=merge_adapter)
         self.tokenizer = tokenizer
         self.name = name
         self.store = store

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvlink_rag.adapter import Adapter
+from kvlink_rag.adapter import Adapter, load_adapter
 from kvlink_rag.bench.corpus import corpus_ids, cut_chunks
 from kvlink_rag.bench.decode import measure_decode
 from kvlink_rag.bench.indexing import MIXES, IndexResult, measure_indexing
@@ -80,7 +80,8 @@ def run_bench(
 
     Args:
         texts: real text to cut chunks from; repeated when too short.
-        adapter: with link tokens: `link` is measured with it, everything else without.
+        adapter: with link tokens: `link` is measured with it, as it is and merged into the
+            weights; everything else without.
         lengths: prompt lengths in tokens, ten chunks each; those beyond the model's context are
             an error.
         repeats: timed runs of each way at each length.
@@ -99,7 +100,7 @@ def run_bench(
         )
     rng = random.Random(seed)
     ids = corpus_ids(engine, texts)
-    linking = None if adapter is None else engine.with_adapter(adapter)
+    linking = {} if adapter is None else _linking(engine, adapter)
     steps = (len(lengths) + 1) * repeats + 1 + len(MIXES) * (repeats + 1)
     with (
         tempfile.TemporaryDirectory(prefix="kvlink-bench-") as name,
@@ -116,3 +117,11 @@ def run_bench(
         decode = measure_decode(engine, folder / "decode", chunks, repeats, step)
         indexing = [measure_indexing(engine, ids, mix, folder, repeats, rng, step) for mix in MIXES]
     return BenchResult(machine(engine), results, behind, decode, indexing)
+
+
+def _linking(engine: KVLinkEngine, adapter: str | Path | Adapter) -> dict[str, KVLinkEngine]:
+    trained = load_adapter(adapter)
+    linking = {"link": engine.with_adapter(trained, merge_adapter=False)}
+    if trained.kind == "cache-preserving" and trained.lora_config is not None:
+        linking["link, merged"] = engine.with_adapter(trained, merge_adapter=True)
+    return linking

@@ -30,6 +30,7 @@ def table(result: BenchResult) -> str:
         ("reuse / full, fast attention", "reuse", "full, fast attention"),
         ("reuse / cache in place", "reuse", "cache in place"),
         ("link / reuse", "link", "reuse"),
+        ("link, merged / reuse", "link, merged", "reuse"),
     ):
         if one in names and other in names:
             shares = [_share(each, one, other) for each in result.lengths]

@@ -7,7 +7,7 @@ import gc
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ class LengthResult:
 
 def measure_length(
     engine: KVLinkEngine,
-    linking: KVLinkEngine | None,
+    linking: Mapping[str, KVLinkEngine],
     folder: Path,
     chunks: list[Chunk],
     repeats: int,
@@ -59,16 +59,16 @@ def measure_length(
     """Every way ``repeats`` times, in a new order of ways and of chunks each time.
 
     Args:
-        linking: the same model with link tokens, if `link` is to be measured.
+        linking: engines with link tokens to measure `link` with, by the name of the way.
     """
     engine = engine.with_store(FolderStore(folder))
     engine.index(chunks, progress=False)
     tokens, question_tokens, nbytes = _sizes(engine, chunks)
     ways = _ways(engine, folder, nbytes)
-    if linking is not None:
-        linking = linking.with_store(engine.store)
-        linking.index(chunks, progress=False)  # a whole-model adapter has caches of its own
-        ways["link"] = partial(_first_token, linking, strategy="link")
+    for name, its in linking.items():
+        its = its.with_store(engine.store)
+        its.index(chunks, progress=False)  # a whole-model adapter has caches of its own
+        ways[name] = partial(_first_token, its, strategy="link")
     for way in ways.values():  # warm-up: first use of shapes, pages, kernels
         way(chunks)
     series = {name: Series() for name in ways}

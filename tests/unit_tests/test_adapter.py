@@ -24,7 +24,7 @@ from kvlink_rag import (
     KVLinkEngine,
     PromptTemplate,
 )
-from kvlink_rag.adapter import BaseModel, load_adapter
+from kvlink_rag.adapter import BaseModel, load_adapter, lora_layers
 from kvlink_rag.store import MemoryStore
 
 CHUNKS = [f"Fact {i} is {i * i}." for i in range(5)]
@@ -311,6 +311,35 @@ class TestSharing:
         for name, weight in mine.items():
             shared = not any(part in name for part in ("proj",))
             assert (weight.data_ptr() in theirs) == shared, name
+
+    @pytest.mark.parametrize("strategy", ["link", "reuse", "recompute", "full"])
+    @pytest.mark.parametrize("name", ["llama", "gemma3", "phi"])
+    def test_merging_changes_no_result_and_no_cache(self, name, strategy):
+        base = tiny.engine(name)
+        before = {key: weight.clone() for key, weight in base.model.state_dict().items()}
+        engine = base.with_adapter(tiny_adapters.adapter(name))
+        merged = base.with_adapter(tiny_adapters.adapter(name), merge_adapter=True)
+        assert merged.model is base.model
+        assert merged.fingerprint == base.fingerprint
+        wanted = logits(engine, strategy=strategy)
+        assert not torch.allclose(wanted, logits(base, strategy="reuse"), atol=1e-4)
+        torch.testing.assert_close(logits(merged, strategy=strategy), wanted, atol=1e-4, rtol=1e-4)
+        assert merged.prefill(QUESTION, CHUNKS, strategy="link").report.misses == 0
+        after = base.model.state_dict()
+        assert all(torch.equal(after[key], weight) for key, weight in before.items())
+
+    def test_merging_stays_what_was_chosen(self):
+        def is_merged(engine):
+            layers = list(lora_layers(engine.reader))
+            assert layers
+            return all(layer.merged for layer in layers)
+
+        engine = tiny.engine(adapter=tiny_adapters.adapter(), merge_adapter=True)
+        assert is_merged(engine)
+        other = tiny_adapters.adapter(seed=1)
+        assert is_merged(engine.with_adapter(other))
+        assert not is_merged(engine.with_adapter(other, merge_adapter=False))
+        assert not is_merged(tiny.engine(adapter=other))
 
     @all_kinds
     def test_base_engine_and_the_users_pair_stay_as_they_are(self, kind):

@@ -34,6 +34,7 @@ WAYS = {
     "cache in place",
     "one copy of the bytes",
     "link",
+    "link, merged",
 }
 
 
