@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from kvlink_rag.errors import InputError
+from kvlink_rag.rope import RopeGroup
 
 FORMAT_VERSION = 2
 """Version of the chunk cache's meaning and layout; part of every key."""
+RAW = "raw"
+"""Name of the codec that keeps keys and values as they are."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class ChunkKV:
         keys: ``[layers, kv_heads, tokens, head_dim]`` at the positions where they were computed,
             ``position, position + 1, ...``, whatever prompt they become part of.
         values: ``[layers, kv_heads, tokens, value_dim]``.
+        rope: how the keys are rotated; empty for not at all.
+        codec: what keys and values went through (:mod:`kvlink_rag.store.codec`).
     """
 
     token_ids: tuple[int, ...]
@@ -90,11 +95,17 @@ class ChunkKV:
     fingerprint: str
     keys: torch.Tensor
     values: torch.Tensor
+    rope: tuple[RopeGroup, ...] = ()
+    codec: str = RAW
 
     @property
     def key(self) -> str:
-        """The key under which a store keeps it."""
-        return chunk_key(self.fingerprint, self.behind, self.token_ids)
+        """Its identity."""
+        return self.key_as(self.codec)
+
+    def key_as(self, codec: str) -> str:
+        """The key under which a store with a codec keeps it."""
+        return chunk_key(self.fingerprint, self.behind, self.token_ids, codec)
 
     @property
     def position(self) -> int:
@@ -119,12 +130,16 @@ class ChunkKV:
         )
 
 
-def chunk_key(fingerprint: str, behind: Sequence[int], token_ids: Sequence[int]) -> str:
-    """SHA-256 (64 hex digits) over format, model, what the chunk is behind, and its tokens."""
-    parts = (
+def chunk_key(
+    fingerprint: str, behind: Sequence[int], token_ids: Sequence[int], codec: str = RAW
+) -> str:
+    """SHA-256 (64 hex digits) over format, model, what the chunk is behind, its tokens, codec."""
+    parts = [
         f"kvlink-rag {FORMAT_VERSION}",
         fingerprint,
         ",".join(map(str, behind)),
         ",".join(map(str, token_ids)),
-    )
+    ]
+    if codec != RAW:
+        parts.append(codec)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -134,6 +134,7 @@ class Encoder:
             token_ids=token_ids,
             behind=behind,
             fingerprint=self.architecture.fingerprint,
+            rope=self.architecture.groups,
             keys=cache.key_buffer[:, row, :, start:stop].clone(
                 memory_format=torch.contiguous_format
             ),

@@ -96,6 +96,7 @@ class KVLinkEngine(Prefiller):
         *,
         store: str | Path | KVStore | None = None,
         ram_bytes: int = 0,
+        codec: str | None = None,
         strategy: Strategy = "reuse",
         adapter: str | Path | Adapter | None = None,
         merge_adapter: bool = False,
@@ -116,6 +117,9 @@ class KVLinkEngine(Prefiller):
             store: folder for chunk caches, or any store; None keeps them in memory.
             ram_bytes: keep so much of what was read last from the folder in memory, which spares
                 reading and verifying it.
+            codec: what a folder keeps keys and values as: `raw`, `bf16`, `fp8`, `int8` or `int4`;
+                fixed when the folder is made, and part of a cache's identity. None takes the
+                folder's, `raw` for a new one.
             strategy: the default for every answer: `reuse`, `recompute`, `full`, or with an adapter
                 `link`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
@@ -153,7 +157,7 @@ class KVLinkEngine(Prefiller):
             loaded,
             tokenizer,
             name=name,
-            store=open_store(store, ram_bytes),
+            store=open_store(store, ram_bytes, codec),
             strategy=strategy,
             adapter=trained,
             merge_adapter=merge_adapter,

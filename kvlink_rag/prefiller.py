@@ -33,6 +33,7 @@ from kvlink_rag.relevance import attention_paid
 from kvlink_rag.report import Report, Stopwatch
 from kvlink_rag.scratch import Scratch
 from kvlink_rag.store import KVStore
+from kvlink_rag.store.codec import codec_for
 from kvlink_rag.threads import Threads
 
 Computed = tuple[ChunkKV, list[str]]
@@ -116,7 +117,11 @@ class Prefiller:
         return tuple(self.layout.chunk(chunk)), self.behind
 
     def _key(self, token_ids: Sequence[int]) -> str:
-        return chunk_key(self.fingerprint, self.behind, token_ids)
+        return self._key_behind(token_ids, self.behind)
+
+    def _key_behind(self, token_ids: Sequence[int], behind: Sequence[int]) -> str:
+        codec = codec_for(self.store.codec, self.architecture.dtype)
+        return chunk_key(self.fingerprint, behind, token_ids, codec)
 
     def cache_of(
         self, token_ids: Sequence[int], behind: Sequence[int], *, keep: bool = True
@@ -242,7 +247,7 @@ class Prefiller:
 
     def _load_one(self, wanted: Wanted) -> ChunkKV | None:
         text, behind = wanted
-        record = self.store.get(chunk_key(self.fingerprint, behind, text)) if text else None
+        record = self.store.get(self._key_behind(text, behind)) if text else None
         if record and not record.is_for(self.fingerprint, behind, text):
             warnings.warn(
                 f"the store's entry {record.key[:12]}... is for other tokens or another model; "

@@ -44,11 +44,15 @@ class StoreCheck:
 class KVStore(Protocol):
     """A place for chunk caches. Safe to use from several threads."""
 
+    @property
+    def codec(self) -> str:
+        """What keys and values are written as (:mod:`kvlink_rag.store.codec`)."""
+
     def get(self, key: str) -> ChunkKV | None:
         """The cache under ``key``, checksum verified; None if absent or (warned) corrupt."""
 
     def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
-        """Store under ``record.key``, wholly or not at all, and let ``documents`` refer to it.
+        """Store under its key with the store's codec, wholly or not at all, for ``documents``.
 
         Raises:
             StoreError: it could not be written.

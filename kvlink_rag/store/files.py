@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 
-from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError
 from kvlink_rag.store.catalog import Entry
 from kvlink_rag.store.record import (
@@ -99,7 +99,7 @@ class ChunkFiles:
         if len(self._mapped) >= MAPPED:
             self._mapped = {k: each for k, each in self._mapped.copy().items() if each[1].record()}
 
-    def write(self, record: ChunkKV) -> tuple[Path, int]:
+    def write(self, record: ChunkKV, codec: str = RAW) -> tuple[Path, int]:
         """Write a cache to a temporary file beside its place and sync it.
 
         Returns:
@@ -108,13 +108,13 @@ class ChunkFiles:
         Raises:
             OSError: nothing is left behind.
         """
-        folder = self.path(record.key).parent
+        folder = self.path(record.key_as(codec)).parent
         if not folder.is_dir():
             folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self.folder)
         temporary = folder / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
         try:
-            return temporary, write_record(temporary, record)
+            return temporary, write_record(temporary, record, codec)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -190,6 +190,22 @@ def _renew_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
+
+
+def write_whole(path: Path, text: bytes) -> None:
+    """Write a small file of mode 0600 durably, wholly or not at all."""
+    temporary = path.with_name(f".{path.name}-{HOST}-{os.getpid()}-{secrets.token_hex(8)}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

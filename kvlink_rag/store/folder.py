@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
@@ -14,14 +15,17 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from kvlink_rag.chunk import ChunkKV
+from filelock import FileLock
+
+from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store import catalog as sql
 from kvlink_rag.store.base import StoreCheck, StoreStat
 from kvlink_rag.store.catalog import Catalog, Entry
 from kvlink_rag.store.check import find, settle
+from kvlink_rag.store.codec import check_codec, codec_for
 from kvlink_rag.store.database import explained
-from kvlink_rag.store.files import ChunkFiles
+from kvlink_rag.store.files import ChunkFiles, write_whole
 from kvlink_rag.store.record import CorruptRecord
 
 TOUCHES = 256
@@ -40,12 +44,17 @@ class FolderStore:
 
     Args:
         path: the folder; made with mode 0700 when it is not there. A read-only one can be read.
+        codec: what keys and values are written as (:mod:`kvlink_rag.store.codec`); fixed when the
+            folder is made. None is what it was made with, ``raw`` for a new one.
 
     Raises:
+        InputError: there is no such codec, or the folder has another.
         StoreError: the folder cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], codec: str | None = None) -> None:
+        if codec is not None:
+            check_codec(codec)
         self.path = Path(path).expanduser().absolute()
         self._files = ChunkFiles(self.path / "chunks")
         self._touched: dict[str, Entry] = {}
@@ -54,7 +63,7 @@ class FolderStore:
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700, parents=True)
             os.listdir(self.path)  # unreadable: say so before anything is made
-            self._catalog = Catalog(self.path / "catalog.sqlite", self._files.entries)
+            self.codec, self._catalog = self._opened(codec)
             if not self._catalog.readonly:
                 self._files.folder.mkdir(mode=0o700, exist_ok=True)
 
@@ -83,19 +92,21 @@ class FolderStore:
         return record
 
     def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
-        """Store under ``record.key``, wholly or not at all, and let ``documents`` refer to it.
+        """Store under its key with the store's codec, wholly or not at all, for ``documents``.
 
         Raises:
-            InputError: keys and values do not fit the tokens.
-            StoreError: it could not be written; nothing is left behind.
+            InputError: keys and values do not fit the tokens, or are another codec's.
+            StoreError: it could not be written, or the codec cannot hold its numbers; nothing is
+                left behind.
         """
         self._check_writable()
         documents = list(documents)
         temporary: Path | None = None
         try:
             with explained("store a chunk cache in", self.path):
-                temporary, nbytes = self._files.write(record)
-                entry = _entry(record.key, record, nbytes)
+                codec = codec_for(self.codec, record.keys.dtype)
+                temporary, nbytes = self._files.write(record, codec)
+                entry = _entry(record.key_as(codec), record, nbytes)
                 self._catalog.write(lambda tx: self._publish(tx, temporary, entry, documents))
         except BaseException:
             if temporary is not None:
@@ -180,6 +191,39 @@ class FolderStore:
         self._catalog.close()
 
     # Below: what the methods above are made of.
+
+    def _opened(self, wanted: str | None) -> tuple[str, Catalog]:
+        """The folder's codec and catalog; both are made where they are not there."""
+        path = self.path / "catalog.sqlite"
+        if path.exists() or not os.access(self.path, os.W_OK):
+            return self._known_codec(wanted), Catalog(path, self._files.entries)
+        with FileLock(self.path / "store.lock", mode=0o600):
+            if not path.exists() and not self._settings.exists() and wanted not in (None, RAW):
+                write_whole(self._settings, json.dumps({"codec": wanted}).encode())
+            # before the catalog: a folder that has one has its codec
+            return self._known_codec(wanted), Catalog(path, self._files.entries)
+
+    @property
+    def _settings(self) -> Path:
+        return self.path / "store.json"
+
+    def _known_codec(self, wanted: str | None) -> str:
+        """The codec that the folder was made with."""
+        found = RAW
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                found = check_codec(json.loads(self._settings.read_bytes())["codec"])
+            except (ValueError, KeyError, TypeError, InputError) as error:
+                raise StoreError(
+                    f"cannot open the store {self.path}: {self._settings} names no codec "
+                    f"({error}); write the codec into it again, or use another folder"
+                ) from error
+        if wanted not in (None, found):
+            raise InputError(
+                f"the store {self.path} was made with codec {found!r}, not {wanted!r}: leave codec "
+                "out, or use another folder"
+            )
+        return found
 
     def _publish(
         self, tx: sqlite3.Connection, temporary: Path, entry: Entry, documents: Iterable[str]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError
 from kvlink_rag.store.base import StoreCheck, StoreStat
 from kvlink_rag.store.record import check_shapes
@@ -20,6 +20,8 @@ class MemoryStore:
     Caches are kept as they are put, on their device, and given back without a copy: do not change
     them.
     """
+
+    codec = RAW
 
     def __init__(self) -> None:
         self._records: dict[str, ChunkKV] = {}

@@ -17,6 +17,7 @@ import torch
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError
 from kvlink_rag.store.base import KVStore, StoreCheck, StoreStat
+from kvlink_rag.store.codec import codec_for
 
 QUEUE = 256
 """Records that may wait to be copied; what is found while so many wait is not kept."""
@@ -70,6 +71,11 @@ class RamTier:
         _tiers.add(self)
 
     @property
+    def codec(self) -> str:
+        """That of the store below; what is kept in memory is decoded."""
+        return self._below.codec
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the keys and values kept now."""
         return self._nbytes
@@ -98,7 +104,8 @@ class RamTier:
             StoreError, InputError: as the store below says.
         """
         self._below.put(record, documents)
-        self._forget([record.key])  # its reader may have refused the one that is kept
+        key = record.key_as(codec_for(self.codec, record.keys.dtype))
+        self._forget([key])  # its reader may have refused the one that is kept
 
     def has(self, key: str) -> bool:
         """Whether ``get`` would find an entry."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,25 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from kvlink_rag.chunk import FORMAT_VERSION, ChunkKV
+from kvlink_rag.chunk import FORMAT_VERSION, RAW, ChunkKV
 from kvlink_rag.errors import InputError
+from kvlink_rag.rope import RopeGroup
+from kvlink_rag.store.codec import codec_for, decode, encode, tensor_names
 
-TENSORS = ("behind", "keys", "token_ids", "values")
 METADATA = ("checksum", "fingerprint", "key", "version")
+CODED = ("codec", "dtype", "rope")
+"""Metadata that a cache has besides, where a codec has changed it."""
 KINDS = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float32: "F32",
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 """Names of types in safetensors."""
+TYPES = {name: kind for kind, name in KINDS.items()}
 
 PIECE = 1 << 20
 """Bytes written at once. Larger writes make Linux look for huge pages to cache them in, which took
@@ -61,28 +67,22 @@ def check_shapes(record: ChunkKV) -> None:
     raise InputError(f"chunk cache: keys {list(keys)} and values {list(values)} {problem}")
 
 
-def write_record(path: Path, record: ChunkKV) -> int:
+def write_record(path: Path, record: ChunkKV, codec: str = RAW) -> int:
     """Write a chunk cache to a new file of mode 0600 and sync it.
+
+    Args:
+        codec: see :mod:`kvlink_rag.store.codec`.
 
     Returns:
         bytes written.
 
     Raises:
-        InputError: the shapes do not fit the tokens.
+        InputError: the shapes do not fit the tokens, or the cache went through a codec before.
+        StoreError: the codec cannot hold its numbers.
         OSError: as the operating system says; the file may then be there in part.
     """
     check_shapes(record)
-    tensors = {
-        "behind": torch.tensor(record.behind, dtype=torch.int64),
-        "keys": record.keys.detach().cpu().contiguous(),
-        "token_ids": torch.tensor(record.token_ids, dtype=torch.int64),
-        "values": record.values.detach().cpu().contiguous(),
-    }
-    metadata = {
-        "fingerprint": record.fingerprint,
-        "key": record.key,
-        "version": str(FORMAT_VERSION),
-    }
+    tensors, metadata = _contents(record, codec)
     metadata["checksum"] = _checksum(metadata, tensors)
     parts = [memoryview(_header(tensors, metadata)), *map(_raw, tensors.values())]
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -93,6 +93,29 @@ def write_record(path: Path, record: ChunkKV) -> int:
                 left = left[file.write(left[:PIECE]) :]
         os.fsync(descriptor)
     return sum(part.nbytes for part in parts)
+
+
+def _contents(record: ChunkKV, codec: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What is written for a cache: tensors, and metadata but the checksum."""
+    if record.codec not in (RAW, codec):
+        raise InputError(
+            f"chunk cache: it went through codec {record.codec} and cannot be stored as {codec}: "
+            "compute it anew"
+        )
+    codec = codec_for(codec, record.keys.dtype)
+    tensors = {
+        "behind": torch.tensor(record.behind, dtype=torch.int64),
+        "token_ids": torch.tensor(record.token_ids, dtype=torch.int64),
+        **encode(record, codec),
+    }
+    metadata = {
+        "fingerprint": record.fingerprint,
+        "key": record.key_as(codec),
+        "version": str(FORMAT_VERSION),
+    }
+    if codec != RAW:
+        metadata |= {"codec": codec, "dtype": KINDS[record.keys.dtype], "rope": _told(record.rope)}
+    return dict(sorted(tensors.items())), metadata
 
 
 def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -136,7 +159,7 @@ class MappedRecord:
             CorruptRecord: its bytes were changed meanwhile.
         """
         record = self.record()
-        if record is not None:
+        if record is not None and record.codec == RAW:  # else it is no view of the file
             tensors = {**self.ids, "keys": record.keys, "values": record.values}
             _verify(self.metadata, tensors)
         return record
@@ -163,9 +186,10 @@ def map_record(path: Path, key: str | None = None) -> tuple[ChunkKV, MappedRecor
             metadata = _metadata(file.metadata())
             if key is not None and metadata["key"] != key:
                 raise CorruptRecord("it holds the cache of another chunk")
-            if tuple(sorted(file.keys())) != TENSORS:
-                raise CorruptRecord(f"it has the tensors {sorted(file.keys())}")
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
+            names = sorted(file.keys())
+            if names != sorted(("behind", "token_ids", *tensor_names(metadata.get("codec", RAW)))):
+                raise CorruptRecord(f"it has the tensors {names}")
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, RuntimeError) as error:
         # safetensors turns some errors of the operating system into its own: tell them apart
         with open(path, "rb"):
@@ -200,7 +224,7 @@ def read_header(path: Path) -> tuple[str, int, str]:
 
 def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     found = dict(metadata or {})
-    if tuple(sorted(found)) != METADATA:
+    if sorted(found) not in (sorted(METADATA), sorted(METADATA + CODED)):
         raise CorruptRecord("it is no chunk cache (other metadata)")
     if found["version"] != str(FORMAT_VERSION):
         raise CorruptRecord(f"it has format {found['version']!r}, not {FORMAT_VERSION}")
@@ -211,16 +235,22 @@ def _record(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
     for name in ("behind", "token_ids"):
         if tensors[name].dim() != 1 or tensors[name].dtype not in (torch.int32, torch.int64):
             raise CorruptRecord(f"{name} is no list of token ids")
-    record = ChunkKV(
-        token_ids=tuple(tensors["token_ids"].tolist()),
-        behind=tuple(tensors["behind"].tolist()),
-        fingerprint=metadata["fingerprint"],
-        keys=tensors["keys"],
-        values=tensors["values"],
-    )
+    behind, codec = tuple(tensors["behind"].tolist()), metadata.get("codec", RAW)
     try:
+        rope = _asked(metadata.get("rope", "[]"))
+        dtype = TYPES[metadata["dtype"]] if codec != RAW else tensors["keys"].dtype
+        keys, values = decode(tensors, codec, dtype, len(behind), rope)
+        record = ChunkKV(
+            token_ids=tuple(tensors["token_ids"].tolist()),
+            behind=behind,
+            fingerprint=metadata["fingerprint"],
+            keys=keys,
+            values=values,
+            rope=rope,
+            codec=codec,
+        )
         check_shapes(record)
-    except InputError as error:
+    except (InputError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise CorruptRecord(str(error)) from error
     if record.key != metadata["key"]:
         raise CorruptRecord("its key is not the key of its contents")
@@ -230,9 +260,30 @@ def _record(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
     """xxh3_128 (hex) over the metadata, dtypes and shapes, then the raw bytes of every tensor."""
     digest = xxhash.xxh3_128()
-    meaning = [metadata["version"], metadata["key"], metadata["fingerprint"]]
-    meaning += [f"{name} {tensors[name].dtype} {list(tensors[name].shape)}" for name in TENSORS]
+    meaning = [metadata[name] for name in ("version", "key", "fingerprint")]
+    meaning += [metadata[name] for name in CODED if name in metadata]
+    meaning += [
+        f"{name} {tensors[name].dtype} {list(tensors[name].shape)}" for name in sorted(tensors)
+    ]
     digest.update("\0".join(meaning).encode("utf-8", "surrogatepass"))
-    for name in TENSORS:
+    for name in sorted(tensors):
         digest.update(_raw(tensors[name]))
     return digest.hexdigest()
+
+
+def _told(rope: Sequence[RopeGroup]) -> str:
+    """How keys are rotated, as JSON: first layer, layer behind the last, frequencies or null."""
+    groups = [
+        [group.layers.start, group.layers.stop, None if f is None else f.float().tolist()]
+        for group in rope
+        for f in [group.inv_freq]
+    ]
+    return json.dumps(groups)
+
+
+def _asked(text: str) -> tuple[RopeGroup, ...]:
+    """:func:`_told`, the way back."""
+    return tuple(
+        RopeGroup(slice(int(start), int(stop)), None if f is None else torch.tensor(f))
+        for start, stop, f in json.loads(text)
+    )
