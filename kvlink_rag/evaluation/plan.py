@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kvlink_rag.chunk import RAW
 from kvlink_rag.errors import AdapterRequiredError, InputError
 from kvlink_rag.evaluation.data import SetKind
 from kvlink_rag.models import DEFAULT_MODEL
 from kvlink_rag.prefill import RecomputeBy
 from kvlink_rag.prompt import EncodeBehind
+from kvlink_rag.store.codec import check_codec
 
 RowStrategy = Literal["none", "full", "reuse", "recompute", "link"]
 """The engine's strategies, and `none`: the question without documents."""
@@ -30,6 +32,7 @@ class Row:
         adapter: folder, or name of one that comes with the package; None is the bare model.
         encode_behind: what chunks are encoded behind; None takes the adapter's, else the default.
         recompute_tokens, recompute_by: of `recompute`, as the engine's.
+        codec: what caches are kept as (:mod:`kvlink_rag.store.codec`).
 
     Raises:
         InputError: a setting has no meaning.
@@ -42,6 +45,7 @@ class Row:
     encode_behind: EncodeBehind | None = None
     recompute_tokens: int = 16
     recompute_by: RecomputeBy = "first"
+    codec: str = RAW
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -66,6 +70,7 @@ class Row:
                 f"row {self.name!r}: recompute_tokens is {self.recompute_tokens!r}, and not a "
                 "number from 0 on"
             )
+        check_codec(self.codec)
         if self.strategy == "link" and self.adapter is None:
             raise AdapterRequiredError(
                 f"row {self.name!r}: strategy 'link' needs an adapter with trained link tokens: "

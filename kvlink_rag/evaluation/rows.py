@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
+from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import AdapterRequiredError
 from kvlink_rag.evaluation.items import digest_of
 from kvlink_rag.evaluation.plan import Row
+from kvlink_rag.store import KVStore
+from kvlink_rag.store.codec import coded
 
 FORMAT = 2
 """Version of how answers are made; part of every digest."""
+
+
+class CodedStore:
+    """A view of a store in memory: what a codec would give back of each cache.
+
+    Caches are computed once for all codecs.
+    """
+
+    def __init__(self, store: KVStore, codec: str) -> None:
+        self._store = store
+        self._codec = codec
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)  # among it the codec, so that keys are the same
+
+    def get(self, key: str) -> ChunkKV | None:
+        """The cache under ``key``, coded and decoded."""
+        record = self._store.get(key)
+        return record and coded(record, self._codec)
 
 
 def row_engines(base: KVLinkEngine, rows: Sequence[Row]) -> dict[Row, KVLinkEngine]:
@@ -38,6 +61,8 @@ def row_engines(base: KVLinkEngine, rows: Sequence[Row]) -> dict[Row, KVLinkEngi
         if row.encode_behind is not None:
             engine = copy.copy(engine)
             engine.behind = tuple(engine.layout.behind(row.encode_behind))
+        if row.codec != RAW:
+            engine = engine.with_store(CodedStore(engine.store, row.codec))
         engines[row] = engine
     return engines
 
@@ -54,6 +79,7 @@ def row_digest(row: Row, engine: KVLinkEngine, base: KVLinkEngine) -> str:
             "behind": engine.behind if linked else None,
             "recompute": row.recompute,
             "prompt": _prompt(engine),
+            **({} if row.codec == RAW else {"codec": row.codec}),
         }
     )
 
@@ -72,6 +98,7 @@ def context_key(row: Row, engine: KVLinkEngine) -> str:
             "behind": engine.behind if row.strategy in ("reuse", "recompute") else None,
             "recompute": row.recompute,
             "prompt": _prompt(engine),
+            "codec": row.codec,
         }
     )
 

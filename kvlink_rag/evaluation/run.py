@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlink_rag.bench.series import machine
+from kvlink_rag.chunk import RAW
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.evaluation import ability
 from kvlink_rag.evaluation.data import read_set
@@ -90,6 +91,8 @@ class Runner:
         )
         prefill, computed = engine._prefill(request, item.max_new_tokens, Stopwatch())
         engine._keep(computed)
+        if row.codec != RAW and computed:  # read what was computed as its codec has it
+            prefill, _ = engine._prefill(request, item.max_new_tokens, Stopwatch())
         return prefill
 
     def _decode(

@@ -9,7 +9,7 @@ Scales and offsets are rounded so that no value falls outside what the codes can
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -105,6 +105,19 @@ def encode(record: ChunkKV, codec: str) -> dict[str, torch.Tensor]:
             "beyond 65504; use codec 'bf16' or 'raw'"
         )
     return tensors
+
+
+def coded(record: ChunkKV, codec: str) -> ChunkKV:
+    """A cache after its way through a codec.
+
+    Raises:
+        StoreError: as :func:`encode`.
+    """
+    codec = codec_for(codec, record.keys.dtype)
+    keys, values = decode(
+        encode(record, codec), codec, record.keys.dtype, record.position, record.rope
+    )
+    return replace(record, keys=keys, values=values, codec=codec)
 
 
 def decode(

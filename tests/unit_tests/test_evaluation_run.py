@@ -84,6 +84,25 @@ def test_answers_end_where_the_engine_ends_them(tmp_path):
     assert len({len(answer.token_ids) for answer in cut}) > 1
 
 
+def test_codecs_answer_as_a_folder_with_the_codec_does(tmp_path):
+    rows = tuple(Row(codec, "reuse", codec=codec) for codec in ("int4", "raw", "int8"))
+    plan = Plan(rows, (write_set(tmp_path, questions=3),), max_new_tokens=16)
+    runner = Runner(plan, tiny.engine())
+    items = make_items(plan, [read_set(plan.sets[0])], runner.engines)
+    answers = [answer for part in runner.answers(items) for answer in part]
+    assert len(answers) == 9
+    assert len({runner.digest(row, items[0]) for row in rows}) == 3
+    texts = {}
+    for answer in answers:
+        codec, item = answer.row.codec, answer.item
+        engine = tiny.engine(store=tmp_path / codec, codec=codec)
+        engine.answer(item.question, item.chunks, max_new_tokens=1)  # all is stored now
+        expected = engine.answer(item.question, item.chunks, max_new_tokens=16)
+        assert answer.token_ids == expected.token_ids, codec
+        texts.setdefault(codec, []).append(answer.text)
+    assert texts["int4"] != texts["raw"]
+
+
 def test_the_context_is_read_once_for_all_that_leave_it_to_the_base_model(tmp_path, monkeypatch):
     adapters = {name: save_adapter(tmp_path, name, seed=i) for i, name in enumerate("ab")}
     whole = save_adapter(tmp_path, "whole", kind="whole-model")
