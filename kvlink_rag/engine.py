@@ -125,9 +125,9 @@ class KVLinkEngine(Prefiller):
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
                 name of one that comes with the package, such as `smollm2-135m-link5`, or of a
                 preset (:mod:`kvlink_rag.presets`). It is active in every strategy.
-            merge_adapter: add the adapter's LoRA to a copy of the weights that it changes: about a
-                fifth faster on CPU, for nearly the memory of another model, and rounded to its
-                dtype. Stored caches stay the same. A whole-model adapter always is merged.
+            merge_adapter: add the adapter's LoRA to a copy of the weights that it changes: answers
+                come about a fifth faster on CPU, for nearly the memory of another model and rounded
+                to its dtype. Stored caches stay the same. A whole-model adapter always is merged.
             device: `auto` takes an accelerator when there is one.
             dtype: `auto` keeps the checkpoint's.
             encode_behind: what chunks are encoded behind: the model's default `system` prefix, its
