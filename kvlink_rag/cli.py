@@ -109,13 +109,20 @@ def index(
         str | None,
         typer.Option(help="Folder or name of an adapter. Default: as before, or none."),
     ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(help="Of a new index: raw, bf16, fp8, int8 or int4. Default: raw."),
+    ] = None,
 ) -> None:
     """Bring an index up to date: index what changed, remove what vanished."""
     _prepare()
     from kvlink_rag.index_catalog import IndexCatalog
     from kvlink_rag.index_check import is_index
     from kvlink_rag.ingest import make_plan
+    from kvlink_rag.store.codec import check_codec
 
+    if codec is not None:
+        check_codec(codec)
     known: dict[str, str] = {}
     recorded: dict[str, str] = {}
     if is_index(out):
@@ -130,7 +137,7 @@ def index(
     if not recorded and not plan.changed:
         _list_skipped(plan.skipped)
         raise InputError(f"nothing to index: no text, Markdown or PDF in {', '.join(paths)}")
-    summary = _update(out, plan, splitting)
+    summary = _update(out, plan, splitting, codec)
     _list_summary(out, summary)
 
 
@@ -161,17 +168,17 @@ def _absolute(name: str) -> str:
     return os.path.abspath(path) if name and path.exists() else name
 
 
-def _update(out: Path, plan: Plan, splitting: Splitting) -> Summary:
+def _update(out: Path, plan: Plan, splitting: Splitting, codec: str | None) -> Summary:
     """Carry a plan out; the model is loaded only when there is something to do."""
     from kvlink_rag.ingest import Summary, carry_out, settle
 
     if plan.nothing_to_do:
-        settle(out)
+        settle(out, codec)
         _remember_adapter(out, splitting.adapter)
         return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped)
     from kvlink_rag.index import KVIndex
 
-    with KVIndex.open(out, _engine(splitting.model, splitting.adapter)) as opened:
+    with KVIndex.open(out, _engine(splitting.model, splitting.adapter), codec=codec) as opened:
         settings = {"chunk_tokens": str(splitting.tokens), "overlap": str(splitting.overlap)}
         settings |= {"model": splitting.model, "adapter": splitting.adapter}
         opened.catalog.set_meta(settings)

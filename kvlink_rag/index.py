@@ -19,6 +19,7 @@ from kvlink_rag.index_check import Progress
 from kvlink_rag.index_vectors import FLAT_LIMIT, VectorTable
 from kvlink_rag.progress import bar
 from kvlink_rag.store import FolderStore, StoreCheck
+from kvlink_rag.store.codec import check_codec
 
 if TYPE_CHECKING:
     from kvlink_rag.answer import Answer, AnswerStream
@@ -63,6 +64,7 @@ class KVIndex:
         engine: KVLinkEngine,
         *,
         embeddings: Embeddings | None = None,
+        codec: str | None = None,
     ) -> KVIndex:
         """Open the index in a folder, or begin one.
 
@@ -72,17 +74,21 @@ class KVIndex:
                 computed when they are first needed.
             embeddings: texts to vectors ``[texts, dim]``; None takes
                 ``sentence-transformers/all-MiniLM-L6-v2``.
+            codec: what a new index keeps its caches as (:mod:`kvlink_rag.store.codec`); None is
+                ``raw``, or what the index has.
 
         Raises:
             StoreError: the folder cannot be used, is damaged, or a newer version made it.
             IndexMismatchError: the index was made with other embeddings.
-            InputError: the embeddings return no vectors.
+            InputError: the embeddings return no vectors, or the index has another codec.
         """
+        if codec is not None:
+            check_codec(codec)
         embeddings = SentenceEmbeddings() if embeddings is None else embeddings
         catalog = IndexCatalog(folder, create=True)
         try:
             _check_embeddings(catalog, embeddings)
-            store = FolderStore(catalog.folder / CACHES)
+            store = FolderStore(catalog.folder / CACHES, codec)
         except BaseException:
             catalog.close()
             raise

@@ -177,10 +177,11 @@ def carry_out(
     return summary
 
 
-def settle(folder: str | os.PathLike[str]) -> None:
+def settle(folder: str | os.PathLike[str], codec: str | None = None) -> None:
     """Finish what a killed run left undone, without a model, where there is nothing else to do.
 
     Raises:
+        InputError: the index has another codec.
         StoreError: the index cannot be written.
     """
     from kvlink_rag.index_catalog import CACHES, IndexCatalog
@@ -190,7 +191,7 @@ def settle(folder: str | os.PathLike[str]) -> None:
     try:
         if catalog.readonly:
             return
-        store = FolderStore(catalog.folder / CACHES)
+        store = FolderStore(catalog.folder / CACHES, codec)
         try:
             with catalog.only_writer():
                 catalog.finish_releases(store)

@@ -23,6 +23,7 @@ from kvlink_rag.cli import app
 from kvlink_rag.index_catalog import IndexCatalog
 from kvlink_rag.index_check import verify_index
 from kvlink_rag.ingest import Splitting, make_plan
+from kvlink_rag.store import FolderStore
 
 
 class WordVectors:
@@ -308,6 +309,7 @@ def _index_until(shell: Shell, stop: int, monkeypatch: pytest.MonkeyPatch) -> bo
         (["index", "{empty}/x", "--out", "{out}"], 1, "no such file or folder"),
         (["index", "{empty}", "--out", "{out}", "--overlap", "300"], 1, "overlap of 300"),
         (["index", "{text}", "--out", "{out}", "--model", "/no/model"], 1, "no model at"),
+        (["index", "{text}", "--out", "{out}", "--codec", "zip"], 1, "codec 'zip' is unknown"),
         (["index", "{text}", "--out", "{text}", "--model", "{model}"], 1, "cannot open the index"),
         (["ask", "{empty}", "why?"], 1, "is no index"),
         (["store", "stat", "{empty}"], 1, "neither an index nor a store"),
@@ -385,6 +387,24 @@ def test_verify_finds_a_flipped_byte_and_prune_removes_it(shell: Shell) -> None:
         assert "prune" in result.stderr
     assert "removed" in shell.run("store", "prune", shell.out / "kv").stdout
     shell.run("store", "verify", shell.out)
+
+
+def test_an_index_keeps_the_codec_it_was_made_with(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index("--codec", "int8")
+    answer = shell.run("ask", shell.out, "apples?", "-k", "2", "--max-new-tokens", "2")
+    assert "2 hits, 0 misses" in answer.stdout
+    store = FolderStore(shell.out / "kv")
+    assert store.codec == "int8"
+    store.close()
+    shell.write("b.txt", paragraphs("banana"))
+    shell.index()  # goes on with it
+    assert verify_index(shell.out).clean
+    for name in ("a.txt", "c.txt"):  # nothing to do, and something
+        shell.write(name, paragraphs("apple"))
+        message = shell.index("--codec", "int4", code=1).stderr
+        assert "made with codec 'int8', not 'int4'" in message
+    assert "1 added" in shell.index("--codec", "int8").stdout
 
 
 def test_bench_writes_its_results(shell: Shell, tmp_path: Path) -> None:
