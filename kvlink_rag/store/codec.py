@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 
@@ -18,8 +17,7 @@ from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.rope import RopeGroup, rotate
 
-CodecName = Literal["raw", "bf16", "fp8", "int8", "int4"]
-CODECS: tuple[str, ...] = get_args(CodecName)
+CODECS = (RAW, "bf16", "fp8", "int8", "int4")
 
 VALUE_GROUP = 64
 """Channels of a token's value that share a scale."""
@@ -98,6 +96,8 @@ def encode(record: ChunkKV, codec: str) -> dict[str, torch.Tensor]:
         f"values{name}": each.flatten(3) for name, each in _quantised(heads, grid, 4).items()
     }
     if grid.bits == 4:
+        if keys.shape[3] % 2 or values.shape[3] % 2:
+            raise StoreError(f"codec {codec} needs heads of an even size: use codec 'int8'")
         tensors |= {name: _packed(tensors[name]) for name in ("keys", "values")}
     if not all(each.float().isfinite().all() for each in tensors.values()):
         raise StoreError(

@@ -101,6 +101,13 @@ class TestCodes:
         with pytest.raises(StoreError, match=f"codec {codec} .*use codec"):
             encode(its, codec)
 
+    def test_half_a_byte_needs_even_heads(self):
+        its = record(3)
+        its = replace(its, values=its.values[..., :15])
+        with pytest.raises(StoreError, match="even size"):
+            encode(its, "int4")
+        assert encode(its, "int8")["values"].shape[3] == 15
+
     @every
     @pytest.mark.parametrize("size", [0.0, 1e-7, 1e-3, 1e3])
     def test_any_size_of_numbers(self, codec, size):
