@@ -86,7 +86,8 @@ class ChunkKV:
         keys: ``[layers, kv_heads, tokens, head_dim]`` at the positions where they were computed,
             ``position, position + 1, ...``, whatever prompt they become part of.
         values: ``[layers, kv_heads, tokens, value_dim]``.
-        rope: how the keys are rotated; empty for not at all.
+        rope: how the keys are rotated; empty where that is not known, as after reading a file of
+            raw keys. A codec then takes them as they are.
         codec: what keys and values went through (:mod:`kvlink_rag.store.codec`).
     """
 

@@ -192,22 +192,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
-def write_whole(path: Path, text: bytes) -> None:
-    """Write a small file of mode 0600 durably, wholly or not at all."""
-    temporary = path.with_name(f".{path.name}-{HOST}-{os.getpid()}-{secrets.token_hex(8)}")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
-
-
 def sync_folder(folder: Path) -> None:
     """Make names given to files in a folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)

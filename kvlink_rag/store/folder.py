@@ -25,8 +25,9 @@ from kvlink_rag.store.catalog import Catalog, Entry
 from kvlink_rag.store.check import find, settle
 from kvlink_rag.store.codec import check_codec, codec_for
 from kvlink_rag.store.database import explained
-from kvlink_rag.store.files import ChunkFiles, write_whole
+from kvlink_rag.store.files import ChunkFiles, sync_folder
 from kvlink_rag.store.record import CorruptRecord
+from kvlink_rag.whole import write_whole
 
 TOUCHES = 256
 """Uses that are remembered before they are written to the catalog."""
@@ -199,7 +200,8 @@ class FolderStore:
             return self._known_codec(wanted), Catalog(path, self._files.entries)
         with FileLock(self.path / "store.lock", mode=0o600):
             if not path.exists() and not self._settings.exists() and wanted not in (None, RAW):
-                write_whole(self._settings, json.dumps({"codec": wanted}).encode())
+                write_whole(self._settings, json.dumps({"codec": wanted}))
+                sync_folder(self.path)
             # before the catalog: a folder that has one has its codec
             return self._known_codec(wanted), Catalog(path, self._files.entries)
 

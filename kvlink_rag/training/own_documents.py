@@ -18,7 +18,7 @@ from kvlink_rag.documents import SUFFIXES, Document, chunks_of, find_files, read
 from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.progress import bar
-from kvlink_rag.training.files import write_whole
+from kvlink_rag.whole import write_whole
 
 ASK = {"role": "user", "content": [CHUNKS, "Write a question about a fact in this text."]}
 """A message of its own: behind the engine's words for a brief answer small models ask in circles,

@@ -19,7 +19,6 @@ from kvlink_rag.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.prompt import PromptTemplate
 from kvlink_rag.training.data import Lessons
-from kvlink_rag.training.files import write_whole
 from kvlink_rag.training.held_out import held_out_losses
 from kvlink_rag.training.lesson import Lesson
 from kvlink_rag.training.model import LinkModel
@@ -27,6 +26,7 @@ from kvlink_rag.training.own_documents import is_documents, write_questions
 from kvlink_rag.training.pack import Pack, Packer
 from kvlink_rag.training.plot import plot_losses
 from kvlink_rag.training.settings import TrainSettings
+from kvlink_rag.whole import write_whole
 
 SETTINGS = "settings.json"
 TRAINED = "trained.safetensors"

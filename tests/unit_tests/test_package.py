@@ -23,6 +23,7 @@ FLOORS = [
         "scratch",
         "threads",
         "model_lock",
+        "whole",
     },
     {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
     {"prefetch"},
