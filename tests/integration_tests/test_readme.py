@@ -113,7 +113,7 @@ def test_bench(folder):
 def test_train(folder):
     command = "kvlink train --data examples/corpus --out my-adapter --steps 200"
     text = (ROOT / "examples" / "corpus" / "1973_oil_crisis.md").read_text(encoding="utf-8")
-    (folder / "small.md").write_text(text[:2500], encoding="utf-8")
+    (folder / "small.md").write_text(text[:1200], encoding="utf-8")
     smaller = [*split(command.replace("examples/corpus", "small.md")), *SMALLER[command].split()]
     result = CliRunner().invoke(app, smaller)
     assert result.exit_code == 0, result.output

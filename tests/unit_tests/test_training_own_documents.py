@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,19 +143,21 @@ def test_a_kill_while_the_file_is_written_leaves_none_that_looks_finished(
 ):
     out = tmp_path / "questions.jsonl"
     model = Scripted(monkeypatch)
-    written = Path.write_text
+    synced = os.fsync
 
-    def killed(path: Path, text: str, *args: Any, **options: Any) -> int:
-        if path.name.startswith(out.name):
-            written(path, text[: len(text) // 2], *args, **options)
+    def killed(file: int) -> None:
+        if any(
+            os.path.samestat(os.fstat(file), path.stat()) for path in tmp_path.glob(f"{out.name}*")
+        ):
+            os.truncate(file, os.fstat(file).st_size // 2)
             raise KeyboardInterrupt
-        return written(path, text, *args, **options)
+        synced(file)
 
-    monkeypatch.setattr(Path, "write_text", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         write_questions(model.engine, [docs], out, progress=False)
     assert not out.exists()
-    monkeypatch.setattr(Path, "write_text", written)
+    monkeypatch.setattr(os, "fsync", synced)
     again = Scripted(monkeypatch)
     write_questions(again.engine, [docs], out, progress=False)
     assert again.asked == []  # all of them were kept
