@@ -6,18 +6,20 @@ import os
 import re
 
 from kvlink_rag.errors import InputError, StoreError
-from kvlink_rag.store.base import KVStore, StoreCheck, StoreStat
+from kvlink_rag.store.base import Budget, KVStore, StoreCheck, StoreStat, StoreUsage
 from kvlink_rag.store.folder import FolderStore
 from kvlink_rag.store.memory import MemoryStore
 from kvlink_rag.store.ram import RamTier
 
 __all__ = [
+    "Budget",
     "FolderStore",
     "KVStore",
     "MemoryStore",
     "RamTier",
     "StoreCheck",
     "StoreStat",
+    "StoreUsage",
     "open_store",
 ]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,75 @@ class StoreStat:
     nbytes: int
     documents: int
     unreferenced: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bytes of files a folder may hold.
+
+    Attributes:
+        max_bytes: in all; None for any number.
+        document_bytes: of the caches that any one document refers to.
+        namespaces: of the caches that documents whose id begins with the name refer to, by name. A
+            cache counts in every namespace it is referred to from.
+
+    Raises:
+        InputError: a limit is no int >= 1, or a namespace has no name.
+    """
+
+    max_bytes: int | None = None
+    document_bytes: int | None = None
+    namespaces: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        limits = {"max_bytes": self.max_bytes, "document_bytes": self.document_bytes}
+        limits = {name: limit for name, limit in limits.items() if limit is not None}
+        for name, limit in (limits | dict(self.namespaces)).items():
+            if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+                raise InputError(f"{name} is {limit!r}: pass a number of bytes, an int >= 1")
+        if not all(isinstance(name, str) and name for name in self.namespaces):
+            raise InputError("a namespace has no name: for all documents, set max_bytes")
+
+
+@dataclass(frozen=True)
+class ModelUsage:
+    """What a store holds of one model, by its fingerprint."""
+
+    fingerprint: str
+    entries: int
+    tokens: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class StoreUsage:
+    """How a folder is used.
+
+    Attributes:
+        budget: what it may hold.
+        hits, misses: times that a cache was asked for and was, or was not there, since the folder
+            was made. A process counts with a delay (some hundred uses, or its end).
+        evicted: caches removed to keep the budget.
+        pinned: entries that are never evicted.
+        oldest, last_used: Unix times: when the oldest entry was made, when any was used last; None
+            while there is no entry.
+        models: by size, largest first.
+    """
+
+    budget: Budget
+    hits: int
+    misses: int
+    evicted: int
+    pinned: int
+    oldest: float | None
+    last_used: float | None
+    models: list[ModelUsage]
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of hits; None before anything was asked for."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
 
 
 @dataclass
@@ -72,6 +142,9 @@ class KVStore(Protocol):
         Returns:
             the number of entries removed.
         """
+
+    def count_misses(self, keys: Iterable[str]) -> list[int]:
+        """Note that these caches were wanted and had to be computed; how often so far, each."""
 
     def references(self, prefix: str = "") -> list[tuple[str, str]]:
         """Pairs ``(document id, key)``: all, or of documents whose id starts with ``prefix``.

@@ -1,7 +1,7 @@
-"""The catalog of a folder store: sizes, last use, and which documents refer to an entry.
+"""The catalog of a folder store: sizes, uses, budget, and which documents refer to an entry.
 
 It only describes the files, which carry their own identity and checksum: when it is lost or
-damaged it is made anew from them, and all that is lost is who refers to what.
+damaged it is made anew from them. What is lost is who refers to what, pins, the budget and counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,8 +25,8 @@ from kvlink_rag.store.database import Damaged, Database, explained
 
 T = TypeVar("T")
 
-VERSION = 1
-SCHEMA = """
+VERSION = 2
+BASE = """
 CREATE TABLE entries (
     key TEXT PRIMARY KEY, tokens INTEGER NOT NULL, nbytes INTEGER NOT NULL,
     fingerprint TEXT NOT NULL, created REAL NOT NULL, last_used REAL NOT NULL
@@ -36,17 +36,59 @@ CREATE TABLE refs (
 ) WITHOUT ROWID;
 CREATE INDEX refs_by_key ON refs (key)
 """
+"""What version 1 has."""
+USE = """
+ALTER TABLE entries ADD COLUMN uses INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE entries ADD COLUMN priority REAL NOT NULL DEFAULT 0;
+CREATE INDEX entries_by_priority ON entries (priority);
+CREATE TABLE pins (document TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE limits (name TEXT PRIMARY KEY, nbytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE demand (key TEXT PRIMARY KEY, misses INTEGER NOT NULL, last REAL NOT NULL)
+    WITHOUT ROWID;
+CREATE INDEX demand_by_last ON demand (last);
+CREATE TABLE totals (
+    entries INTEGER NOT NULL, tokens INTEGER NOT NULL, nbytes INTEGER NOT NULL,
+    hits INTEGER NOT NULL, misses INTEGER NOT NULL, evicted INTEGER NOT NULL, clock REAL NOT NULL
+);
+INSERT INTO totals SELECT count(*), coalesce(sum(tokens), 0), coalesce(sum(nbytes), 0), 0, 0, 0, 0
+    FROM entries;
+UPDATE entries SET priority = CAST(tokens AS REAL) / max(nbytes, 1);
+CREATE TRIGGER added AFTER INSERT ON entries BEGIN
+    UPDATE totals SET entries = entries + 1, tokens = tokens + new.tokens,
+        nbytes = nbytes + new.nbytes;
+END;
+CREATE TRIGGER replaced AFTER UPDATE OF tokens, nbytes ON entries BEGIN
+    UPDATE totals SET tokens = tokens + new.tokens - old.tokens,
+        nbytes = nbytes + new.nbytes - old.nbytes;
+END;
+CREATE TRIGGER dropped AFTER DELETE ON entries BEGIN
+    UPDATE totals SET entries = entries - 1, tokens = tokens - old.tokens,
+        nbytes = nbytes - old.nbytes;
+END
+"""
+"""What version 2 has besides; sums are kept, so that no table is read through to know them."""
+SCHEMA = f"{BASE};{USE}"
+UPGRADES = {1: USE}
+MOST_DEMAND = 100_000
+"""Keys whose misses are counted; beyond, those not asked for longest are forgotten."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the catalog knows of a file; ``nbytes`` is the file's size, ``used`` a Unix time."""
+    """What the catalog knows of a file.
+
+    Attributes:
+        nbytes: the file's size.
+        used: Unix time of the last use.
+        uses: how often it was used, as far as this is new to the catalog.
+    """
 
     key: str
     tokens: int
     nbytes: int
     fingerprint: str
     used: float
+    uses: int = 1
 
 
 class Catalog:
@@ -110,7 +152,7 @@ class Catalog:
             return operation(tx)
 
     def _open(self) -> Database:
-        return Database(self.path, SCHEMA, VERSION, fill=self._fill)
+        return Database(self.path, SCHEMA, VERSION, fill=self._fill, upgrades=UPGRADES)
 
     def _fill(self, tx: sqlite3.Connection) -> None:
         count = 0
@@ -120,7 +162,7 @@ class Catalog:
         if count:
             warnings.warn(
                 f"the catalog {self.path} was lost: made anew from {count} files; "
-                "which documents refer to them is not known any more",
+                "which documents refer to them, its pins and its budget are not known any more",
                 KVLinkWarning,
                 stacklevel=2,
             )
@@ -148,12 +190,36 @@ class Catalog:
 def add(tx: sqlite3.Connection, entry: Entry, documents: Iterable[str] = ()) -> None:
     """Insert or replace an entry and let documents refer to it."""
     tx.execute(
-        "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
+        "INSERT INTO entries (key, tokens, nbytes, fingerprint, created, last_used, uses) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
         "tokens = excluded.tokens, nbytes = excluded.nbytes, fingerprint = excluded.fingerprint, "
         "last_used = max(last_used, excluded.last_used)",
-        (entry.key, entry.tokens, entry.nbytes, entry.fingerprint, time.time(), entry.used),
+        (
+            entry.key,
+            entry.tokens,
+            entry.nbytes,
+            entry.fingerprint,
+            time.time(),
+            entry.used,
+            entry.uses,
+        ),
     )
+    _rank(tx, entry.key)
+    tx.execute("DELETE FROM demand WHERE key = ?", (entry.key,))
     refer(tx, ((document, entry.key) for document in documents))
+
+
+def _rank(tx: sqlite3.Connection, key: str) -> None:
+    """An entry's place in the order of eviction: GreedyDual-Size-Frequency (Cherkasova, 1998).
+
+    What a byte of it saves, times its uses, on top of the clock, which is where the last evicted
+    one stood: what is not used falls behind, however often it once was.
+    """
+    tx.execute(
+        "UPDATE entries SET priority = (SELECT clock FROM totals) "
+        "+ uses * CAST(tokens AS REAL) / max(nbytes, 1) WHERE key = ?",
+        (key,),
+    )
 
 
 def refer(tx: sqlite3.Connection, references: Iterable[tuple[str, str]]) -> None:
@@ -177,11 +243,37 @@ def referred(tx: sqlite3.Connection, key: str) -> bool:
 
 
 def touch(tx: sqlite3.Connection, entry: Entry) -> bool:
-    """Note the last use; False when there is no such entry."""
+    """Note uses; False when there is no such entry."""
     cursor = tx.execute(
-        "UPDATE entries SET last_used = max(last_used, ?) WHERE key = ?", (entry.used, entry.key)
+        "UPDATE entries SET last_used = max(last_used, ?), uses = uses + ? WHERE key = ?",
+        (entry.used, entry.uses, entry.key),
     )
+    if cursor.rowcount:
+        _rank(tx, entry.key)
     return cursor.rowcount > 0
+
+
+def count(tx: sqlite3.Connection, hits: int, misses: int) -> None:
+    """Add to how often caches were asked for."""
+    tx.execute("UPDATE totals SET hits = hits + ?, misses = misses + ?", (hits, misses))
+
+
+def count_misses(tx: sqlite3.Connection, keys: Sequence[str], now: float) -> list[int]:
+    """Note that caches were wanted and not there; how often so far, each."""
+    found = []
+    for key in keys:
+        row = tx.execute(
+            "INSERT INTO demand VALUES (?, 1, ?) ON CONFLICT (key) DO UPDATE SET "
+            "misses = misses + 1, last = excluded.last RETURNING misses",
+            (key, now),
+        ).fetchone()
+        found.append(int(row[0]))
+    tx.execute(
+        "DELETE FROM demand WHERE key IN (SELECT key FROM demand ORDER BY last LIMIT "
+        "max(0, (SELECT count(*) FROM demand) - ?))",
+        (MOST_DEMAND,),
+    )
+    return found
 
 
 def let_go(tx: sqlite3.Connection, documents: Iterable[str], keep: Collection[str]) -> set[str]:
@@ -218,8 +310,6 @@ def unreferenced(tx: sqlite3.Connection) -> set[str]:
 
 def stat(tx: sqlite3.Connection) -> StoreStat:
     """Counts and sizes."""
-    entries, tokens, nbytes = tx.execute(
-        "SELECT count(*), coalesce(sum(tokens), 0), coalesce(sum(nbytes), 0) FROM entries"
-    ).fetchone()
+    entries, tokens, nbytes = tx.execute("SELECT entries, tokens, nbytes FROM totals").fetchone()
     documents = tx.execute("SELECT count(DISTINCT document) FROM refs").fetchone()[0]
     return StoreStat(entries, tokens, nbytes, documents, len(unreferenced(tx)))

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +57,7 @@ class Database:
         schema: statements that make the tables of a new file.
         version: kept as ``user_version``; a file with another one is refused.
         fill: called in the transaction that makes the tables, to fill them.
+        upgrades: statements that bring a file of an older version to the next, by that version.
 
     Raises:
         StoreError: it cannot be opened, or another (version of the) program made it.
@@ -69,6 +70,7 @@ class Database:
         schema: str,
         version: int,
         fill: Callable[[sqlite3.Connection], None] | None = None,
+        upgrades: Mapping[int, str] | None = None,
     ) -> None:
         self.path = path
         self.readonly = not os.access(path.parent, os.W_OK) or (
@@ -81,7 +83,7 @@ class Database:
         try:
             with explained("open", path), _damage(path):
                 self._connection = self._connect()
-                self._prepare(schema, version, fill)
+                self._prepare(schema, version, fill, upgrades or {})
         except BaseException:
             self.close()
             raise
@@ -178,27 +180,52 @@ class Database:
         )
 
     def _prepare(
-        self, schema: str, version: int, fill: Callable[[sqlite3.Connection], None] | None
+        self,
+        schema: str,
+        version: int,
+        fill: Callable[[sqlite3.Connection], None] | None,
+        upgrades: Mapping[int, str],
     ) -> None:
         with self.reading() as tx:
-            found = int(tx.execute("PRAGMA user_version").fetchone()[0])
-        if found == 0 and not self.readonly:
+            found = _version(tx)
+        if (found == 0 or found in upgrades) and not self.readonly:
             with self.writing() as tx:  # another process may have been faster: look again
-                found = int(tx.execute("PRAGMA user_version").fetchone()[0])
+                found = _version(tx)
                 foreign = tx.execute("SELECT name FROM sqlite_master").fetchone()
                 if found == 0 and not foreign:
-                    for statement in schema.split(";"):
-                        tx.execute(statement)
+                    _execute(tx, schema)
                     if fill is not None:
                         fill(tx)
-                    tx.execute(f"PRAGMA user_version = {version}")
                     found = version
+                while found in upgrades:
+                    _execute(tx, upgrades[found])
+                    found += 1
+                tx.execute(f"PRAGMA user_version = {found}")
+        if found in upgrades:
+            raise StoreError(
+                f"{self.path} has format {found}, this version reads {version} and cannot bring it "
+                "up to date, because it is read-only: open it once where it can be written to"
+            )
         if found != version:
             newer = " (a newer version of kvlink-rag?)" if found > version else ""
             raise StoreError(
                 f"{self.path} has format {found}{newer}, this version reads {version}: "
                 "use the version that made it, or another folder"
             )
+
+
+def _version(tx: sqlite3.Connection) -> int:
+    return int(tx.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _execute(tx: sqlite3.Connection, script: str) -> None:
+    """Statements one by one: sqlite3's own ``executescript`` would commit first."""
+    statement = ""
+    for part in script.split(";"):
+        statement += f"{part};"
+        if sqlite3.complete_statement(statement):  # a trigger has semicolons of its own
+            tx.execute(statement)
+            statement = ""
 
 
 @contextmanager

@@ -94,6 +94,11 @@ class ChunkFiles:
         self._mapped[key] = (identity, mapped)
         return record
 
+    def held(self, key: str) -> bool:
+        """Whether somebody in this process holds the cache that was read under ``key``."""
+        known = self._mapped.get(key)
+        return known is not None and known[1].record() is not None
+
     def _forget(self) -> None:
         """Drop what nobody holds any more, once it is much."""
         if len(self._mapped) >= MAPPED:

@@ -19,8 +19,9 @@ from filelock import FileLock
 
 from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
+from kvlink_rag.store import budget as room
 from kvlink_rag.store import catalog as sql
-from kvlink_rag.store.base import StoreCheck, StoreStat
+from kvlink_rag.store.base import Budget, StoreCheck, StoreStat, StoreUsage
 from kvlink_rag.store.catalog import Catalog, Entry
 from kvlink_rag.store.check import find, settle
 from kvlink_rag.store.codec import check_codec, codec_for
@@ -30,7 +31,7 @@ from kvlink_rag.store.record import CorruptRecord
 from kvlink_rag.whole import write_whole
 
 TOUCHES = 256
-"""Uses that are remembered before they are written to the catalog."""
+"""Times caches were asked for that are remembered before they are written to the catalog."""
 RELEASE_BATCH = 500
 """Documents released in one transaction, so that other writers get their turn."""
 
@@ -47,19 +48,30 @@ class FolderStore:
         path: the folder; made with mode 0700 when it is not there. A read-only one can be read.
         codec: what keys and values are written as (:mod:`kvlink_rag.store.codec`); fixed when the
             folder is made. None is what it was made with, ``raw`` for a new one.
+        budget: bytes of files that the folder may hold, for all processes from now on; what is
+            worth least is evicted for what is new (:mod:`kvlink_rag.store.budget`). None leaves the
+            folder's as it is, a new one without limit. Each writing thread adds a file for a time.
 
     Raises:
         InputError: there is no such codec, or the folder has another.
         StoreError: the folder cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str], codec: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        codec: str | None = None,
+        budget: Budget | int | None = None,
+    ) -> None:
         if codec is not None:
             check_codec(codec)
         self.path = Path(path).expanduser().absolute()
         self._files = ChunkFiles(self.path / "chunks")
         self._touched: dict[str, Entry] = {}
+        self._asked = 0
+        self._missed = 0
         self._touching = threading.Lock()
+        limits = Budget(budget) if isinstance(budget, int) else budget
         with explained("open the store", self.path):
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700, parents=True)
@@ -67,6 +79,8 @@ class FolderStore:
             self.codec, self._catalog = self._opened(codec)
             if not self._catalog.readonly:
                 self._files.folder.mkdir(mode=0o700, exist_ok=True)
+        if limits is not None and limits != self.budget:
+            self.set_budget(limits)
 
     def has(self, key: str) -> bool:
         """Whether there is a file under ``key``; its contents are not looked at."""
@@ -81,15 +95,18 @@ class FolderStore:
         try:
             record = self._files.read(key)
         except (FileNotFoundError, NotADirectoryError):
+            self._count(None)
             return None
         except CorruptRecord as reason:
             self._drop_corrupt(key)
             self._warn(f"dropped the chunk cache {file}: {reason}")
+            self._count(None)
             return None
         except OSError as error:
             self._warn(f"cannot read the chunk cache {file}: {error}")
+            self._count(None)
             return None
-        self._touch(key, record)
+        self._count(_entry(key, record))
         return record
 
     def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
@@ -97,10 +114,11 @@ class FolderStore:
 
         Raises:
             InputError: keys and values do not fit the tokens, or are another codec's.
-            StoreError: it could not be written, or the codec cannot hold its numbers; nothing is
-                left behind.
+            StoreError: it could not be written, has no room in the budget, or the codec cannot hold
+                its numbers; nothing is left behind.
         """
         self._check_writable()
+        self._flush()  # what is evicted depends on the uses
         documents = list(documents)
         temporary: Path | None = None
         try:
@@ -114,7 +132,6 @@ class FolderStore:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
             raise
-        self._flush()
 
     def refer(self, references: Iterable[tuple[str, str]]) -> None:
         """Let documents refer to entries: pairs ``(document id, key)``; known pairs are ignored.
@@ -160,11 +177,76 @@ class FolderStore:
         with explained("read the store", self.path):
             return self._catalog.read(lambda tx: list(sql.references(tx, prefix)))
 
+    def count_misses(self, keys: Iterable[str]) -> list[int]:
+        """Note that these caches were wanted and had to be computed; how often so far, each.
+
+        Counted until the cache is stored. A read-only folder counts nothing: each is the first.
+
+        Raises:
+            StoreError: the catalog cannot be written.
+        """
+        listed = list(keys)
+        if self._catalog.readonly or not listed:
+            return [1] * len(listed)
+        with explained("write to the store", self.path):
+            return self._catalog.write(lambda tx: sql.count_misses(tx, listed, time.time()))
+
     def stat(self) -> StoreStat:
         """Counts and sizes, from the catalog."""
         self._flush()
         with explained("read the store", self.path):
             return self._catalog.read(sql.stat)
+
+    def usage(self) -> StoreUsage:
+        """Budget, hits and misses, ages, and what is held of which model; from the catalog."""
+        self._flush()
+        with explained("read the store", self.path):
+            return self._catalog.read(room.usage)
+
+    @property
+    def budget(self) -> Budget:
+        """What the folder may hold."""
+        with explained("read the store", self.path):
+            return self._catalog.read(room.budget_of)
+
+    def set_budget(self, budget: Budget) -> None:
+        """Say what the folder may hold from now on, for all processes; evicts what is too much.
+
+        What is pinned or being answered from stays, even where it is too much.
+
+        Raises:
+            StoreError: the catalog cannot be written.
+        """
+        self._check_writable()
+
+        def write(tx: sqlite3.Connection) -> None:
+            room.set_budget(tx, budget)
+            self._keep_budget(tx, {document for document, _ in sql.references(tx)})
+
+        with explained("write to the store", self.path):
+            self._catalog.write(write)
+
+    def pin(self, documents: Iterable[str]) -> None:
+        """Never evict caches that these documents refer to, now or later, until :meth:`unpin`.
+
+        Raises:
+            InputError: ``documents`` is one string.
+            StoreError: the catalog cannot be written.
+        """
+        self._change_pins(room.pin, documents)
+
+    def unpin(self, documents: Iterable[str]) -> None:
+        """Take pins back; unknown ones are ignored.
+
+        Raises:
+            InputError, StoreError: as :meth:`pin`.
+        """
+        self._change_pins(room.unpin, documents)
+
+    def pinned(self) -> list[str]:
+        """The documents that are pinned."""
+        with explained("read the store", self.path):
+            return self._catalog.read(room.pins)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> StoreCheck:
         """Check every checksum, name, row and reference; changes nothing.
@@ -230,9 +312,28 @@ class FolderStore:
     def _publish(
         self, tx: sqlite3.Connection, temporary: Path, entry: Entry, documents: Iterable[str]
     ) -> None:
-        # renamed before the commit: whoever holds the write lock sees file and row, or neither
         sql.add(tx, entry, documents)
+        evicted = room.keep(tx, set(documents), self._files.held, entry)
+        # renamed before the commit: whoever holds the write lock sees file and row, or neither
         self._files.publish(temporary, entry.key)
+        for key in evicted:
+            self._files.remove(key)
+
+    def _keep_budget(self, tx: sqlite3.Connection, documents: Collection[str]) -> None:
+        for key in room.keep(tx, documents, self._files.held):
+            self._files.remove(key)
+
+    def _change_pins(
+        self,
+        change: Callable[[sqlite3.Connection, Iterable[str]], None],
+        documents: Iterable[str],
+    ) -> None:
+        if isinstance(documents, str):
+            raise InputError("documents must be a list of ids, not one id: pass [id]")
+        self._check_writable()
+        listed = list(documents)
+        with explained("write to the store", self.path):
+            self._catalog.write(lambda tx: change(tx, listed))
 
     def _refer(self, tx: sqlite3.Connection, pairs: Sequence[tuple[str, str]]) -> None:
         sql.refer(tx, pairs)
@@ -241,6 +342,7 @@ class FolderStore:
             # take for left over
             if not sql.knows(tx, key) and (entry := self._files.entry(key)):
                 sql.add(tx, entry)
+        self._keep_budget(tx, {document for document, _ in pairs})
 
     def _let_go(
         self, tx: sqlite3.Connection, documents: Collection[str], keep: Collection[str]
@@ -264,10 +366,17 @@ class FolderStore:
         with contextlib.suppress(OSError, sqlite3.Error, StoreError):
             self._catalog.write(drop, wait=False)
 
-    def _touch(self, key: str, record: ChunkKV) -> None:
+    def _count(self, used: Entry | None) -> None:
+        """Remember that a cache was asked for, and which was found."""
         with self._touching:
-            self._touched[key] = _entry(key, record)
-            full = len(self._touched) >= TOUCHES
+            self._asked += 1
+            if used is None:
+                self._missed += 1
+            else:
+                before = self._touched.get(used.key)
+                uses = used.uses + (before.uses if before else 0)
+                self._touched[used.key] = replace(used, uses=uses)
+            full = self._asked >= TOUCHES
         if full:
             self._flush(wait=False)  # somebody is waiting for an answer
 
@@ -275,15 +384,20 @@ class FolderStore:
         """Write the remembered uses, and take in files that have no row (a put was killed)."""
         with self._touching:
             touched, self._touched = self._touched, {}
+            asked, self._asked = self._asked, 0
+            missed, self._missed = self._missed, 0
 
         def write(tx: sqlite3.Connection) -> None:
-            for entry in touched.values():
-                if not sql.touch(tx, entry):
-                    with contextlib.suppress(FileNotFoundError):  # released meanwhile
-                        size = self._files.path(entry.key).stat().st_size
-                        sql.add(tx, replace(entry, nbytes=size))
+            sql.count(tx, asked - missed, missed)
+            unknown = [entry for entry in touched.values() if not sql.touch(tx, entry)]
+            for entry in unknown:
+                with contextlib.suppress(FileNotFoundError):  # released meanwhile
+                    size = self._files.path(entry.key).stat().st_size
+                    sql.add(tx, replace(entry, nbytes=size))
+            if unknown:
+                self._keep_budget(tx, ())
 
-        if touched and not self._catalog.readonly:
+        if asked and not self._catalog.readonly:
             with contextlib.suppress(OSError, sqlite3.Error):  # a last use is no reason to fail
                 self._catalog.write(write, wait)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ class MemoryStore:
         self._records: dict[str, ChunkKV] = {}
         self._keys: dict[str, set[str]] = {}  # document -> keys
         self._documents: dict[str, set[str]] = {}  # key -> documents
+        self._misses: Counter[str] = Counter()
         self._lock = threading.RLock()
 
     def get(self, key: str) -> ChunkKV | None:
@@ -44,6 +46,7 @@ class MemoryStore:
         key = record.key
         with self._lock:
             self._records[key] = record
+            self._misses.pop(key, None)
             self.refer((document, key) for document in documents)
 
     def has(self, key: str) -> bool:
@@ -82,6 +85,13 @@ class MemoryStore:
                 if kept := held.intersection(keep):
                     self._keys[document] = kept
         return removed
+
+    def count_misses(self, keys: Iterable[str]) -> list[int]:
+        """Note that these caches were wanted and had to be computed; how often so far, each."""
+        with self._lock:
+            listed = list(keys)
+            self._misses.update(listed)
+            return [self._misses[key] for key in listed]
 
     def references(self, prefix: str = "") -> list[tuple[str, str]]:
         """Pairs ``(document id, key)``: all, or of documents whose id starts with ``prefix``."""

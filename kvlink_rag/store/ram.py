@@ -76,6 +76,11 @@ class RamTier:
         return self._below.codec
 
     @property
+    def below(self) -> KVStore:
+        """The store below."""
+        return self._below
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the keys and values kept now."""
         return self._nbytes
@@ -128,6 +133,10 @@ class RamTier:
             return self._below.release(documents, keep)
         finally:  # a part may have been removed before an error
             self._forget_removed()
+
+    def count_misses(self, keys: Iterable[str]) -> list[int]:
+        """Count misses, see the store below."""
+        return self._below.count_misses(keys)
 
     def references(self, prefix: str = "") -> list[tuple[str, str]]:
         """Pairs ``(document id, key)`` of the store below."""
