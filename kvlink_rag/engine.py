@@ -31,7 +31,7 @@ from kvlink_rag.prompt import (
     PromptTemplate,
 )
 from kvlink_rag.report import IndexReport, Stopwatch
-from kvlink_rag.store import KVStore, open_store
+from kvlink_rag.store import Budget, KVStore, open_store
 
 
 class KVLinkEngine(Prefiller):
@@ -68,6 +68,7 @@ class KVLinkEngine(Prefiller):
         recompute_tokens: int = 16,
         recompute_by: RecomputeBy = "first",
         prompt: PromptTemplate | None = None,
+        cache_after: int = 0,
         fidelity_rate: float = 0.0,
         fidelity_limit: float | None = None,
     ) -> None:
@@ -80,6 +81,7 @@ class KVLinkEngine(Prefiller):
             merge_adapter=merge_adapter,
             encode_behind=encode_behind,
             prompt=prompt,
+            cache_after=cache_after,
         )
         self._base = model
         self._chosen = (encode_behind, prompt, merge_adapter)
@@ -97,6 +99,7 @@ class KVLinkEngine(Prefiller):
         store: str | Path | KVStore | None = None,
         ram_bytes: int = 0,
         codec: str | None = None,
+        budget: Budget | int | None = None,
         strategy: Strategy = "reuse",
         adapter: str | Path | Adapter | None = None,
         merge_adapter: bool = False,
@@ -106,6 +109,7 @@ class KVLinkEngine(Prefiller):
         recompute_tokens: int = 16,
         recompute_by: RecomputeBy = "first",
         prompt: PromptTemplate | None = None,
+        cache_after: int = 0,
         fidelity_rate: float = 0.0,
         fidelity_limit: float | None = None,
     ) -> KVLinkEngine:
@@ -120,6 +124,9 @@ class KVLinkEngine(Prefiller):
             codec: what a folder keeps keys and values as: `raw`, `bf16`, `fp8`, `int8` or `int4`;
                 fixed when the folder is made, and part of a cache's identity. None takes the
                 folder's, `raw` for a new one.
+            budget: most bytes that the folder may hold, or a :class:`kvlink_rag.store.Budget` with
+                limits for documents and namespaces; what is worth least makes room. None leaves
+                the folder's as it is, a new one without limit.
             strategy: the default for every answer: `reuse`, `recompute`, `full`, or with an adapter
                 `link`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
@@ -139,6 +146,8 @@ class KVLinkEngine(Prefiller):
                 `question` attends to most, ``recompute_tokens`` a chunk on average; this costs one
                 more forward pass over the question.
             prompt: the words around chunks and question; None takes the adapter's.
+            cache_after: 0 computes and stores caches when chunks are indexed. 1 leaves that to the
+                first answer that retrieves a chunk, n to the n-th: a store for what is asked for.
             fidelity_rate: share of the answers, 0 ... 1, chosen at random, that are compared with
                 full prefill (:class:`kvlink_rag.fidelity.Fidelity`): in ``report.fidelity`` and
                 :attr:`fidelity_stats`. After the answer, unless there is a limit. Answers with
@@ -157,7 +166,7 @@ class KVLinkEngine(Prefiller):
             loaded,
             tokenizer,
             name=name,
-            store=open_store(store, ram_bytes, codec),
+            store=open_store(store, ram_bytes, codec, budget),
             strategy=strategy,
             adapter=trained,
             merge_adapter=merge_adapter,
@@ -165,6 +174,7 @@ class KVLinkEngine(Prefiller):
             recompute_tokens=recompute_tokens,
             recompute_by=recompute_by,
             prompt=prompt,
+            cache_after=cache_after,
             fidelity_rate=fidelity_rate,
             fidelity_limit=fidelity_limit,
         )
@@ -208,6 +218,7 @@ class KVLinkEngine(Prefiller):
                 recompute_tokens=self.recompute_tokens,
                 recompute_by=self.recompute_by,
                 prompt=prompt,
+                cache_after=self.cache_after,
                 fidelity_rate=self._monitor.rate,
                 fidelity_limit=self._monitor.limit,
             )
@@ -219,7 +230,8 @@ class KVLinkEngine(Prefiller):
     def index(self, chunks: Iterable[str | Chunk], *, progress: bool = True) -> IndexReport:
         """Encode and store the caches that the store lacks; idempotent.
 
-        Every chunk's id (see :class:`Chunk`) refers to its cache afterwards.
+        Every chunk's id (see :class:`Chunk`) refers to its cache afterwards; with ``cache_after``,
+        to one that is still to come.
 
         Raises:
             InputError: a chunk is empty or longer than the model's context.
@@ -235,13 +247,16 @@ class KVLinkEngine(Prefiller):
             texts[key] = token_ids
             owners.setdefault(key, []).append(chunk.document_id)
         missing = {key: ids for key, ids in texts.items() if not self.store.has(key)}
+        later = set(missing) if self.cache_after else set()
+        missing = {} if self.cache_after else missing
         known = [(owner, key) for key in texts if key not in missing for owner in owners[key]]
         self.store.refer(known)
         nbytes = self._encode_and_store(missing, owners, progress)
         return IndexReport(
             chunks=len(given),
-            hits=sum(len(owners[key]) for key in texts if key not in missing),
+            hits=sum(len(owners[key]) for key in texts if key not in missing and key not in later),
             misses=len(missing),
+            deferred=len(later),
             tokens=sum(map(len, missing.values())),
             nbytes=nbytes,
             total_s=watch.total(),

@@ -77,7 +77,14 @@ class Prefiller:
         merge_adapter: bool,
         encode_behind: EncodeBehind | None,
         prompt: PromptTemplate | None,
+        cache_after: int,
     ) -> None:
+        if not isinstance(cache_after, int) or isinstance(cache_after, bool) or cache_after < 0:
+            raise InputError(
+                f"cache_after is {cache_after!r}: pass 0 to store caches when chunks are indexed, "
+                "or after how many retrievals"
+            )
+        self.cache_after = cache_after
         self.adapter = adapter
         self.model = self.reader = model
         if adapter is not None:
@@ -398,9 +405,20 @@ class Prefiller:
     def _keep(self, computed: Iterable[Computed]) -> None:
         """Store what an answer had to compute; an answer never fails for want of disk."""
         try:
-            self._put(computed)
+            self._put(self._worth_keeping(computed))
         except StoreError as error:
             warnings.warn(f"computed caches are not kept: {error}", KVLinkWarning, stacklevel=3)
+
+    def _worth_keeping(self, computed: Iterable[Computed]) -> list[Computed]:
+        """Those that have now been asked for often enough (``cache_after``)."""
+        listed = list(computed)
+        if self.cache_after <= 1:
+            return listed
+        codec = codec_for(self.store.codec, self.architecture.dtype)
+        keys = [record.key_as(codec) for record, _ in listed]
+        distinct = list(dict.fromkeys(keys))
+        times = dict(zip(distinct, self.store.count_misses(distinct), strict=True))
+        return [c for c, key in zip(listed, keys, strict=True) if times[key] >= self.cache_after]
 
     def _put(self, records: Iterable[tuple[ChunkKV, Sequence[str]]]) -> None:
         for record, documents in records:

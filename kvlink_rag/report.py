@@ -89,6 +89,7 @@ class IndexReport:
         chunks: chunks given.
         hits: of these, already in the store.
         misses: encoded now (chunks with the same text count once).
+        deferred: left to the answers that retrieve them (with ``cache_after``).
         tokens: tokens encoded now.
         nbytes: bytes of keys and values written now.
         total_s: wall seconds.
@@ -97,6 +98,7 @@ class IndexReport:
     chunks: int = 0
     hits: int = 0
     misses: int = 0
+    deferred: int = 0
     tokens: int = 0
     nbytes: int = 0
     total_s: float = 0.0

@@ -25,14 +25,17 @@ __all__ = [
 
 
 def open_store(
-    store: str | os.PathLike[str] | KVStore | None, ram_bytes: int = 0, codec: str | None = None
+    store: str | os.PathLike[str] | KVStore | None,
+    ram_bytes: int = 0,
+    codec: str | None = None,
+    budget: Budget | int | None = None,
 ) -> KVStore:
     """A store from what a user names it by.
 
     Args:
         store: a folder, a store (returned as it is), or None for one in memory.
         ram_bytes: memory for recently used caches of a folder (:class:`RamTier`); 0 for none.
-        codec: of a folder (:class:`FolderStore`).
+        codec, budget: of a folder (:class:`FolderStore`).
 
     Raises:
         StoreError: the folder cannot be used, or a URL is given.
@@ -46,8 +49,10 @@ def open_store(
         raise StoreError(f"{store}: only folders are supported as stores in this version")
     if isinstance(store, str) and not store.strip():
         raise InputError("store is an empty string: name a folder, or None for memory")
+    if budget is not None and not isinstance(store, (str, os.PathLike)):
+        raise InputError("budget is for a folder: name one as store, or set the store's own budget")
     if isinstance(store, (str, os.PathLike)):
-        folder = FolderStore(store, codec)
+        folder = FolderStore(store, codec, budget)
         return RamTier(folder, ram_bytes) if ram_bytes else folder
     if isinstance(store, KVStore):
         if codec not in (None, store.codec):
