@@ -8,7 +8,6 @@ import pytest
 import tiny
 
 from kvlink_rag import Chunk, InputError
-from kvlink_rag.store import FolderStore
 
 CHUNKS = [Chunk(f"Fact {i} is {i * i}.", id=f"id-{i}") for i in range(4)]
 QUESTION = "What is fact 3?"
@@ -80,13 +79,17 @@ def test_an_engine_keeps_the_budget(tmp_path):
     engine.index(CHUNKS[:1], progress=False)
     one = engine.store.stat().nbytes
     engine.store.close()
-    engine = tiny.engine(store=tmp_path / "kv", budget=3 * one)
+    engine = tiny.engine(store=tmp_path / "kv", budget=4 * one)
+    other = tiny.engine()
     engine.index(CHUNKS, progress=False)
-    assert engine.store.stat().nbytes <= 3 * one
-    report = engine.answer(QUESTION, CHUNKS, max_new_tokens=4).report
-    assert report.hits + report.misses == 4
-    assert report.misses >= 1
-    assert FolderStore(tmp_path / "kv").verify().clean
+    misses = 0
+    for chunk in [*CHUNKS, *CHUNKS]:
+        answer = engine.answer(QUESTION, [chunk], max_new_tokens=4)
+        assert answer.token_ids == other.answer(QUESTION, [chunk], max_new_tokens=4).token_ids
+        assert engine.store.stat().nbytes <= 4 * one
+        misses += answer.report.misses
+    assert misses > 0
+    assert engine.store.verify().clean
 
 
 def test_an_answer_does_not_fail_for_want_of_room(tmp_path):
