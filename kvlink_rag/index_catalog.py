@@ -182,6 +182,11 @@ class IndexCatalog:
             with explained("write the index", self.folder), self._database.writing() as tx:
                 tx.executemany("DELETE FROM releases WHERE id = ?", [(id,) for id in ids])
 
+    def copy_to(self, path: Path) -> None:
+        """Write a consistent copy into a new file."""
+        with explained("read the index", self.folder):
+            self._database.copy_to(path)
+
     def sound(self) -> bool:
         """Whether SQLite finds the file whole."""
         return self._database.sound()

@@ -126,6 +126,10 @@ class Catalog:
         """
         return self._run(operation, lambda: self._database.writing(wait))
 
+    def copy_to(self, path: Path) -> None:
+        """Write a consistent copy into a new file."""
+        self._database.copy_to(path)
+
     def sound(self) -> bool:
         """Whether the file is an undamaged database."""
         return self._database.sound()

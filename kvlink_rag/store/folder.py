@@ -267,6 +267,26 @@ class FolderStore:
         self._check_writable()
         return self._inspect(True, progress)
 
+    def path_of(self, key: str) -> Path:
+        """The file under a key, whether it is there or not.
+
+        Raises:
+            InputError: ``key`` is not 64 hex digits.
+        """
+        return self._files.path(key)
+
+    def copy_catalog(self, folder: Path) -> Path:
+        """Write a consistent copy of the catalog into another folder; returns the file.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        self._flush()
+        copy = folder / self._catalog.path.name
+        with explained("copy the catalog of", self.path):
+            self._catalog.copy_to(copy)
+        return copy
+
     def close(self) -> None:
         """Write what is remembered and let go of the catalog; tensors read before stay valid."""
         with contextlib.suppress(StoreError):

@@ -32,7 +32,7 @@ FLOORS = [
     {"prefiller"},
     {"engine"},
     {"index_catalog", "index_vectors", "index_check", "index"},
-    {"evaluation", "training", "documents", "ingest", "bench", "demo"},
+    {"evaluation", "training", "documents", "ingest", "bench", "demo", "archive"},
     {"cli", "__main__"},
 ]
 FRAMEWORKS = {"langchain", "langchain_core", "langchain_text_splitters", "llama_index"}

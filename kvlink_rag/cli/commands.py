@@ -1,61 +1,34 @@
-"""The command ``kvlink``.
-
-Nothing heavy is imported before a command runs, so that ``kvlink --help`` answers at once.
-"""
+"""The commands ``kvlink ...``."""
 
 from __future__ import annotations
 
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
-from kvlink_rag.errors import IndexMismatchError, InputError, KVLinkError, KVLinkWarning
+from kvlink_rag.cli.shared import (
+    Commands,
+    load_engine,
+    prepare,
+    print_list,
+    size_text,
+)
+from kvlink_rag.cli.store import store_app
+from kvlink_rag.errors import IndexMismatchError, InputError
 
 if TYPE_CHECKING:
     from kvlink_rag.chunk import ScoredChunk
     from kvlink_rag.documents import Skipped
-    from kvlink_rag.engine import KVLinkEngine
     from kvlink_rag.ingest import Plan, Splitting, Summary
     from kvlink_rag.report import Report
-    from kvlink_rag.store import FolderStore, StoreCheck, StoreStat
 
 Strategy = Literal["reuse", "recompute", "full", "link"]
 LinkLayout = Literal["slot", "shared", "tail"]
 AdapterKind = Literal["cache-preserving", "whole-model"]
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
-MOST_LISTED = 20
-"""Lines of one kind that are printed before the rest is only counted."""
-
-
-class Commands(TyperGroup):
-    """Turns what goes wrong in any command into one line on stderr and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _complain("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # `kvlink ask ... | head`: the reader has what it wanted; and nothing is to be flushed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
-        except (KVLinkError, OSError) as error:
-            _complain(f"error: {_one_line(error)}")
-            raise typer.Exit(1) from None
-
 
 app = typer.Typer(
     cls=Commands,
@@ -64,10 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Answers from documents whose KV caches are computed once, at indexing time.",
 )
-store_app = typer.Typer(no_args_is_help=True, help="Look after stored chunk caches.")
 app.add_typer(store_app, name="store")
-
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An index, or a bare store.")]
 
 
 def main() -> None:
@@ -82,7 +52,7 @@ def demo(
     ] = None,
 ) -> None:
     """Ask questions about five Wikipedia articles, with chunk reuse and with full prefill."""
-    _prepare()
+    prepare()
     from kvlink_rag.demo import run
 
     run(folder)
@@ -115,7 +85,7 @@ def index(
     ] = None,
 ) -> None:
     """Bring an index up to date: index what changed, remove what vanished."""
-    _prepare()
+    prepare()
     from kvlink_rag.index_catalog import IndexCatalog
     from kvlink_rag.index_check import is_index
     from kvlink_rag.ingest import make_plan
@@ -178,7 +148,7 @@ def _update(out: Path, plan: Plan, splitting: Splitting, codec: str | None) -> S
         return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped)
     from kvlink_rag.index import KVIndex
 
-    with KVIndex.open(out, _engine(splitting.model, splitting.adapter), codec=codec) as opened:
+    with KVIndex.open(out, load_engine(splitting.model, splitting.adapter), codec=codec) as opened:
         settings = {"chunk_tokens": str(splitting.tokens), "overlap": str(splitting.overlap)}
         settings |= {"model": splitting.model, "adapter": splitting.adapter}
         opened.catalog.set_meta(settings)
@@ -214,7 +184,7 @@ def ask(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
 ) -> None:
     """Answer a question from an index, and list the sources."""
-    _prepare()
+    prepare()
     from kvlink_rag.index_catalog import IndexCatalog
     from kvlink_rag.models import DEFAULT_MODEL
 
@@ -228,7 +198,7 @@ def ask(
 
     from kvlink_rag.index import KVIndex
 
-    with KVIndex.open(folder, _engine(model, adapter)) as opened:
+    with KVIndex.open(folder, load_engine(model, adapter)) as opened:
         loaded = opened.engine.adapter
         if strategy is None:
             strategy = "link" if loaded is not None and loaded.links else "reuse"
@@ -270,7 +240,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of the chunks and their order.")] = 0,
 ) -> None:
     """Time to first token of every strategy against full prefill; indexing; decoding."""
-    _prepare()
+    prepare()
     from kvlink_rag.adapter import shipped_adapters
     from kvlink_rag.bench import run_bench, table, write
     from kvlink_rag.bench.run import LENGTHS
@@ -281,7 +251,7 @@ def bench(
     files = find_files(text) if text else corpus_files()
     documents = [read for file in files if isinstance(read := read_file(file), Document)]
     result = run_bench(
-        _engine(model or DEFAULT_MODEL),
+        load_engine(model or DEFAULT_MODEL),
         [document.text for document in documents],
         adapter=adapter or (shipped_adapters()[0] if model is None else None),
         lengths=length or LENGTHS,
@@ -335,7 +305,7 @@ def train(
     ] = None,
 ) -> None:
     """Train link tokens and a LoRA; run the same command again to go on after an interruption."""
-    _prepare()
+    prepare()
     from kvlink_rag.progress import quiet_libraries
     from kvlink_rag.training.run import train as run
     from kvlink_rag.training.settings import TrainSettings, parse_shares, read_settings
@@ -402,7 +372,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Answers of every strategy and adapter to the same questions, scored with intervals."""
-    _prepare()
+    prepare()
     if not table_only:
         given = {
             "model": model,
@@ -451,108 +421,14 @@ def _evaluate(
 
     from kvlink_rag.evaluation.run import evaluate
 
-    evaluate(plan, _engine(plan.model), out, shard=part)
-
-
-@store_app.command()
-def stat(folder: Folder) -> None:
-    """Count chunks, caches and bytes."""
-    from kvlink_rag.index_check import is_index, stat_index
-
-    if is_index(folder):
-        index_stat = stat_index(folder)
-        typer.echo(f"model        {index_stat.model_name or 'none yet'}")
-        typer.echo(f"embeddings   {index_stat.embedding_name or 'none yet'}")
-        typer.echo(f"files        {index_stat.sources}")
-        typer.echo(f"chunks       {index_stat.chunks}")
-        typer.echo(f"text+vectors {_size(index_stat.nbytes)}")
-        _print_stat(index_stat.caches)
-    else:
-        with _bare_store(folder) as store:
-            _print_stat(store.stat())
-
-
-@store_app.command()
-def verify(folder: Folder) -> None:
-    """Check everything that is stored; exit code 1 when something is damaged or left over."""
-    from kvlink_rag.index_check import is_index, verify_index
-
-    if is_index(folder):
-        with _progress("Verifying") as progress:
-            check = verify_index(folder, progress)
-    else:
-        with _bare_store(folder) as store, _progress("Verifying") as progress:
-            check = store.verify(progress)
-    _print_check(check, "")
-    if not check.clean:
-        _complain(f"not clean: kvlink store prune {folder} removes this; caches are recomputed")
-        raise typer.Exit(1)
-    typer.echo(f"clean: {check.checked} checked")
-
-
-@store_app.command()
-def prune(folder: Folder) -> None:
-    """Remove what verify reports, and caches that no document refers to."""
-    from kvlink_rag.index_check import is_index, prune_index
-
-    if is_index(folder):
-        with _progress("Pruning") as progress:
-            check = prune_index(folder, progress)
-    else:
-        with _bare_store(folder) as store, _progress("Pruning") as progress:
-            check = store.prune(progress)
-    _print_check(check, "removed ")
-    kinds = (check.corrupt, check.orphans, check.missing, check.unreferenced)
-    typer.echo(f"{check.checked} checked, {sum(map(len, kinds))} removed")
-
-
-def _engine(model: str, adapter: str = "") -> KVLinkEngine:
-    from kvlink_rag.engine import KVLinkEngine
-    from kvlink_rag.progress import quiet_libraries
-
-    quiet_libraries()
-    return KVLinkEngine.from_pretrained(model, adapter=adapter or None)
-
-
-@contextmanager
-def _bare_store(folder: Path) -> Iterator[FolderStore]:
-    """An existing store; a mistyped folder must not become one."""
-    from kvlink_rag.store import FolderStore
-
-    if not any((folder / name).exists() for name in ("catalog.sqlite", "chunks")):
-        raise InputError(f"{folder} is neither an index nor a store of chunk caches")
-    store = FolderStore(folder)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-@contextmanager
-def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for ``(files checked, files in all)``."""
-    from kvlink_rag.progress import bar
-
-    with bar(description, 1.0, unit="share") as done:
-        yield lambda checked, total: done(checked / max(total, 1))
-
-
-def _prepare() -> None:
-    """Quiet libraries, and our warnings as one line each."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, KVLinkWarning):
-            _complain(f"warning: {_one_line(message)}")
-
-    warnings.showwarning = show
+    evaluate(plan, load_engine(plan.model), out, shard=part)
 
 
 def _list_summary(out: Path, summary: Summary) -> None:
-    _list("added", summary.added)
-    _list("changed", summary.changed)
-    _list("removed", summary.removed)
-    _list("note", [f"{path}: {note}" for path, note in summary.notes])
+    print_list("added", summary.added)
+    print_list("changed", summary.changed)
+    print_list("removed", summary.removed)
+    print_list("note", [f"{path}: {note}" for path, note in summary.notes])
     _list_skipped(summary.skipped)
     typer.echo(
         f"{out}: {len(summary.added)} added, {len(summary.changed)} changed, "
@@ -562,14 +438,7 @@ def _list_summary(out: Path, summary: Summary) -> None:
 
 
 def _list_skipped(skipped: list[Skipped]) -> None:
-    _list("skipped", [f"{skip.path}: {skip.reason}" for skip in skipped], err=True)
-
-
-def _list(word: str, lines: list[str], err: bool = False) -> None:
-    for line in lines[:MOST_LISTED]:
-        typer.echo(f"{word:<8} {line}", err=err)
-    if len(lines) > MOST_LISTED:
-        typer.echo(f"{word:<8} ... and {len(lines) - MOST_LISTED} more", err=err)
+    print_list("skipped", [f"{skip.path}: {skip.reason}" for skip in skipped], err=True)
 
 
 def _list_sources(chunks: list[ScoredChunk], report: Report) -> None:
@@ -584,33 +453,7 @@ def _list_sources(chunks: list[ScoredChunk], report: Report) -> None:
         f"{report.strategy}: TTFT {report.ttft_s * 1000:.0f} ms, "
         f"{report.hits} hits, {report.misses} misses, "
         f"{report.reused_tokens} tokens reused, {report.computed_tokens} computed, "
-        f"{_size(report.bytes_read)} read",
+        f"{size_text(report.bytes_read)} read",
         style="dim",
         soft_wrap=True,
     )
-
-
-def _print_stat(stat: StoreStat) -> None:
-    typer.echo(f"caches       {stat.entries} ({stat.tokens} tokens, {_size(stat.nbytes)})")
-    typer.echo(f"in use by    {stat.documents} documents ({stat.unreferenced} caches by none)")
-
-
-def _print_check(check: StoreCheck, prefix: str) -> None:
-    for kind in ("corrupt", "orphans", "missing", "unreferenced"):
-        _list(f"{prefix}{kind}", getattr(check, kind))
-
-
-def _size(nbytes: int) -> str:
-    size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def _complain(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _one_line(error: Warning | BaseException | str) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

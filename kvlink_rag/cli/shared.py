@@ -1,0 +1,115 @@
+"""What commands have in common: how they speak, and what they load."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvlink_rag.errors import InputError, KVLinkError, KVLinkWarning
+
+if TYPE_CHECKING:
+    from kvlink_rag.engine import KVLinkEngine
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+MOST_LISTED = 20
+"""Lines of one kind that are printed before the rest is only counted."""
+
+
+class Commands(TyperGroup):
+    """Turns what goes wrong in any command into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # `kvlink ask ... | head`: the reader has what it wanted; and nothing is to be flushed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except (KVLinkError, OSError) as error:
+            complain(f"error: {one_line(error)}")
+            raise typer.Exit(1) from None
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for ``(files checked, files in all)``."""
+    from kvlink_rag.progress import bar
+
+    with bar(description, 1.0, unit="share") as done:
+        yield lambda checked, total: done(checked / max(total, 1))
+
+
+def prepare() -> None:
+    """Quiet libraries, and our warnings as one line each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, KVLinkWarning):
+            complain(f"warning: {one_line(message)}")
+
+    warnings.showwarning = show
+
+
+def load_engine(model: str, adapter: str = "") -> KVLinkEngine:
+    from kvlink_rag.engine import KVLinkEngine
+    from kvlink_rag.progress import quiet_libraries
+
+    quiet_libraries()
+    return KVLinkEngine.from_pretrained(model, adapter=adapter or None)
+
+
+def print_list(word: str, lines: list[str], err: bool = False) -> None:
+    for line in lines[:MOST_LISTED]:
+        typer.echo(f"{word:<8} {line}", err=err)
+    if len(lines) > MOST_LISTED:
+        typer.echo(f"{word:<8} ... and {len(lines) - MOST_LISTED} more", err=err)
+
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``500MB``, ``1.5 GiB`` or ``1000000``.
+
+    Raises:
+        InputError: it is none.
+    """
+    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", text.strip())
+    unit = UNITS.get((match[2] or "B").upper()) if match else None
+    try:
+        size = int(float(match[1]) * unit) if match and unit else 0
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise InputError(f"{text!r} is no size: write it as 500MB, 1.5GiB or a number of bytes")
+    return size
+
+
+def size_text(nbytes: int) -> str:
+    size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def complain(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def one_line(error: Warning | BaseException | str) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

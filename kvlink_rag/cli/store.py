@@ -1,0 +1,226 @@
+"""The commands ``kvlink store ...``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvlink_rag.cli.shared import complain, parse_size, print_list, progress_bar, size_text
+from kvlink_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from kvlink_rag.store import Budget, FolderStore, StoreCheck
+
+store_app = typer.Typer(no_args_is_help=True, help="Look after stored chunk caches.")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An index, or a bare store.")]
+Documents = Annotated[
+    list[str],
+    typer.Argument(metavar="DOCUMENT...", help="Files of the index, or ids of documents."),
+]
+
+
+@store_app.command()
+def stat(folder: Folder) -> None:
+    """Count chunks, caches and bytes; budget, hit rate, age, and what is kept of which model."""
+    from kvlink_rag.index_check import is_index, stat_index
+
+    if is_index(folder):
+        found = stat_index(folder)
+        typer.echo(f"model        {found.model_name or 'none yet'}")
+        typer.echo(f"embeddings   {found.embedding_name or 'none yet'}")
+        typer.echo(f"files        {found.sources}")
+        typer.echo(f"chunks       {found.chunks}")
+        typer.echo(f"text+vectors {size_text(found.nbytes)}")
+    with _caches(folder) as store:
+        _print_stat(store)
+
+
+@store_app.command()
+def verify(folder: Folder) -> None:
+    """Check everything that is stored; exit code 1 when something is damaged or left over."""
+    from kvlink_rag.index_check import is_index, verify_index
+
+    with _caches(folder) as store, progress_bar("Verifying") as progress:
+        check = verify_index(folder, progress) if is_index(folder) else store.verify(progress)
+    _print_check(check, "")
+    if not check.clean:
+        complain(f"not clean: kvlink store prune {folder} removes this; caches are recomputed")
+        raise typer.Exit(1)
+    typer.echo(f"clean: {check.checked} checked")
+
+
+@store_app.command()
+def prune(folder: Folder) -> None:
+    """Remove what verify reports, and caches that no document refers to."""
+    from kvlink_rag.index_check import is_index, prune_index
+
+    with _caches(folder) as store, progress_bar("Pruning") as progress:
+        check = prune_index(folder, progress) if is_index(folder) else store.prune(progress)
+    _print_check(check, "removed ")
+    kinds = (check.corrupt, check.orphans, check.missing, check.unreferenced)
+    typer.echo(f"{check.checked} checked, {sum(map(len, kinds))} removed")
+
+
+@store_app.command("export")
+def export_archive(
+    folder: Folder,
+    archive: Annotated[Path, typer.Argument(metavar="FILE", help="The archive, a tar file.")],
+) -> None:
+    """Write an index or store with all its caches into one file."""
+    from kvlink_rag.archive import write_archive
+
+    with progress_bar("Exporting") as progress:
+        files = write_archive(folder, archive, progress)
+    typer.echo(f"{archive}: {files} files, {size_text(archive.stat().st_size)}")
+
+
+@store_app.command("import")
+def import_archive(
+    archive: Annotated[Path, typer.Argument(metavar="FILE", help="What export wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+) -> None:
+    """Make an index or store from such a file; everything in it is verified."""
+    from kvlink_rag.archive import read_archive
+
+    with progress_bar("Importing") as progress:
+        check = read_archive(archive, folder, progress)
+    typer.echo(f"{folder}: {check.checked} caches, all verified")
+
+
+@store_app.command()
+def budget(
+    folder: Folder,
+    size: Annotated[
+        str | None, typer.Argument(help="Most bytes of caches, such as 20GB; none: no limit.")
+    ] = None,
+    document: Annotated[
+        str | None, typer.Option(help="Most bytes of the caches of one document; none: no limit.")
+    ] = None,
+    namespace: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=SIZE for documents whose id begins with NAME; repeatable."),
+    ] = None,
+) -> None:
+    """Show or set how much a store may hold; what is worth least is removed at once."""
+    from kvlink_rag.store import Budget
+
+    with _caches(folder) as store:
+        old = store.budget
+        limits = dict(old.namespaces)
+        for each in namespace or []:
+            name, _, its = each.rpartition("=")
+            limits[name] = _limit(its) or 0
+        new = Budget(
+            old.max_bytes if size is None else _limit(size),
+            old.document_bytes if document is None else _limit(document),
+            {name: limit for name, limit in limits.items() if limit},
+        )
+        if new != old:
+            store.set_budget(new)
+        _print_budget(new)
+
+
+@store_app.command()
+def pin(folder: Folder, documents: Documents) -> None:
+    """Never remove the caches of these documents to keep the budget."""
+    with _caches(folder) as store:
+        ids = _ids(folder, documents)
+        store.pin(ids)
+        typer.echo(f"pinned {len(ids)} documents ({len(store.pinned())} in all)")
+
+
+@store_app.command()
+def unpin(folder: Folder, documents: Documents) -> None:
+    """Take pins back."""
+    with _caches(folder) as store:
+        store.unpin(_ids(folder, documents))
+        typer.echo(f"{len(store.pinned())} documents are pinned")
+
+
+def _limit(text: str) -> int | None:
+    return None if text.strip().lower() == "none" else parse_size(text)
+
+
+def _ids(folder: Path, documents: list[str]) -> list[str]:
+    """Ids of documents; of an index' files, those of all their chunks."""
+    from kvlink_rag.index_catalog import IndexCatalog
+    from kvlink_rag.index_check import is_index
+
+    if not is_index(folder):
+        return documents
+    catalog = IndexCatalog(folder)
+    ids: list[str] = []
+    try:
+        for document in documents:
+            of_file = catalog.ids(document) or catalog.ids(str(Path(document).absolute()))
+            if not of_file and document not in catalog:
+                raise InputError(f"{folder} has no file and no chunk {document!r}")
+            ids += of_file or [document]
+    finally:
+        catalog.close()
+    return ids
+
+
+@contextmanager
+def _caches(folder: Path) -> Iterator[FolderStore]:
+    """The store of an index, or a bare one; a mistyped folder must not become one."""
+    from kvlink_rag.index_catalog import CACHES
+    from kvlink_rag.index_check import is_index
+    from kvlink_rag.store import FolderStore
+
+    path = folder / CACHES if is_index(folder) else folder
+    if path == folder and not any((path / name).exists() for name in ("catalog.sqlite", "chunks")):
+        raise InputError(f"{folder} is neither an index nor a store of chunk caches")
+    store = FolderStore(path)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _print_stat(store: FolderStore) -> None:
+    found, usage = store.stat(), store.usage()
+    typer.echo(
+        f"caches       {found.entries} ({found.tokens} tokens, {size_text(found.nbytes)}, "
+        f"codec {store.codec})"
+    )
+    typer.echo(f"in use by    {found.documents} documents ({found.unreferenced} caches by none)")
+    _print_budget(usage.budget)
+    rate = "nothing asked yet" if usage.hit_rate is None else f"{usage.hit_rate:.1%} hits"
+    typer.echo(f"asked for    {usage.hits + usage.misses} times, {rate}")
+    typer.echo(f"evicted      {usage.evicted} so far; {usage.pinned} caches are pinned")
+    if usage.oldest is not None and usage.last_used is not None:
+        typer.echo(f"oldest       {_age(usage.oldest)}; last use {_age(usage.last_used)}")
+    for model in usage.models:
+        typer.echo(
+            f"model        {model.fingerprint[:12]}: {model.entries} caches, "
+            f"{model.tokens} tokens, {size_text(model.nbytes)}"
+        )
+
+
+def _print_budget(limits: Budget) -> None:
+    sizes = [
+        "no limit" if limits.max_bytes is None else size_text(limits.max_bytes),
+        *([f"{size_text(limits.document_bytes)} a document"] if limits.document_bytes else []),
+        *(f"{name}: {size_text(nbytes)}" for name, nbytes in limits.namespaces.items()),
+    ]
+    typer.echo(f"budget       {', '.join(sizes)}")
+
+
+def _print_check(check: StoreCheck, prefix: str) -> None:
+    for kind in ("corrupt", "orphans", "missing", "unreferenced"):
+        print_list(f"{prefix}{kind}", getattr(check, kind))
+
+
+def _age(when: float) -> str:
+    seconds = max(time.time() - when, 0)
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} seconds ago"
