@@ -83,6 +83,14 @@ def index(
         str | None,
         typer.Option(help="Of a new index: raw, bf16, fp8, int8 or int4. Default: raw."),
     ] = None,
+    cache_after: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Store caches now (0), or when a chunk is retrieved for the n-th time. "
+            "Default: as before, or now.",
+        ),
+    ] = None,
 ) -> None:
     """Bring an index up to date: index what changed, remove what vanished."""
     prepare()
@@ -98,7 +106,7 @@ def index(
     if is_index(out):
         catalog = IndexCatalog(out)
         recorded = catalog.sources()
-        names = ("model", "model_name", "chunk_tokens", "overlap", "adapter")
+        names = ("model", "model_name", "chunk_tokens", "overlap", "adapter", "cache_after")
         known = {name: value for name in names if (value := catalog.meta(name))}
         catalog.close()
     adapter = _absolute(adapter) if adapter is not None else known.get("adapter", "")
@@ -107,7 +115,8 @@ def index(
     if not recorded and not plan.changed:
         _list_skipped(plan.skipped)
         raise InputError(f"nothing to index: no text, Markdown or PDF in {', '.join(paths)}")
-    summary = _update(out, plan, splitting, codec)
+    after = int(known.get("cache_after", 0)) if cache_after is None else cache_after
+    summary = _update(out, plan, splitting, codec, after)
     _list_summary(out, summary)
 
 
@@ -138,31 +147,29 @@ def _absolute(name: str) -> str:
     return os.path.abspath(path) if name and path.exists() else name
 
 
-def _update(out: Path, plan: Plan, splitting: Splitting, codec: str | None) -> Summary:
+def _update(
+    out: Path, plan: Plan, splitting: Splitting, codec: str | None, cache_after: int
+) -> Summary:
     """Carry a plan out; the model is loaded only when there is something to do."""
+    from kvlink_rag.index_catalog import IndexCatalog
     from kvlink_rag.ingest import Summary, carry_out, settle
 
+    # another one of these for the same caches; all else of a plan's settings means work to do
+    chosen = {"adapter": splitting.adapter, "cache_after": str(cache_after)}
     if plan.nothing_to_do:
         settle(out, codec)
-        _remember_adapter(out, splitting.adapter)
+        catalog = IndexCatalog(out)
+        if any((catalog.meta(name) or "") != value for name, value in chosen.items()):
+            catalog.set_meta(chosen)
+        catalog.close()
         return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped)
     from kvlink_rag.index import KVIndex
 
-    with KVIndex.open(out, load_engine(splitting.model, splitting.adapter), codec=codec) as opened:
+    engine = load_engine(splitting.model, splitting.adapter, cache_after)
+    with KVIndex.open(out, engine, codec=codec) as opened:
         settings = {"chunk_tokens": str(splitting.tokens), "overlap": str(splitting.overlap)}
-        settings |= {"model": splitting.model, "adapter": splitting.adapter}
-        opened.catalog.set_meta(settings)
+        opened.catalog.set_meta(settings | chosen | {"model": splitting.model})
         return carry_out(plan, opened, splitting)
-
-
-def _remember_adapter(out: Path, adapter: str) -> None:
-    """Another adapter for the same caches; all else of a plan's settings means work to do."""
-    from kvlink_rag.index_catalog import IndexCatalog
-
-    catalog = IndexCatalog(out)
-    if (catalog.meta("adapter") or "") != adapter:
-        catalog.set_meta({"adapter": adapter})
-    catalog.close()
 
 
 @app.command()
@@ -191,6 +198,7 @@ def ask(
     catalog = IndexCatalog(folder)
     model = catalog.meta("model") or catalog.meta("model_name") or DEFAULT_MODEL
     adapter = catalog.meta("adapter") or "" if adapter is None else adapter
+    cache_after = int(catalog.meta("cache_after") or 0)
     empty = len(catalog) == 0
     catalog.close()
     if empty:
@@ -198,7 +206,7 @@ def ask(
 
     from kvlink_rag.index import KVIndex
 
-    with KVIndex.open(folder, load_engine(model, adapter)) as opened:
+    with KVIndex.open(folder, load_engine(model, adapter, cache_after)) as opened:
         loaded = opened.engine.adapter
         if strategy is None:
             strategy = "link" if loaded is not None and loaded.links else "reuse"

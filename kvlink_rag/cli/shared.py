@@ -63,12 +63,12 @@ def prepare() -> None:
     warnings.showwarning = show
 
 
-def load_engine(model: str, adapter: str = "") -> KVLinkEngine:
+def load_engine(model: str, adapter: str = "", cache_after: int = 0) -> KVLinkEngine:
     from kvlink_rag.engine import KVLinkEngine
     from kvlink_rag.progress import quiet_libraries
 
     quiet_libraries()
-    return KVLinkEngine.from_pretrained(model, adapter=adapter or None)
+    return KVLinkEngine.from_pretrained(model, adapter=adapter or None, cache_after=cache_after)
 
 
 def print_list(word: str, lines: list[str], err: bool = False) -> None:

@@ -20,6 +20,8 @@ from typer.testing import CliRunner, Result
 from kvlink_rag import Adapter, KVIndex, KVLinkEngine, PromptTemplate, demo, ingest
 from kvlink_rag.adapter import AdapterKind, LinkTokens
 from kvlink_rag.cli import app
+from kvlink_rag.cli.shared import parse_size
+from kvlink_rag.errors import InputError
 from kvlink_rag.index_catalog import IndexCatalog
 from kvlink_rag.index_check import verify_index
 from kvlink_rag.ingest import Splitting, make_plan
@@ -387,6 +389,82 @@ def test_verify_finds_a_flipped_byte_and_prune_removes_it(shell: Shell) -> None:
         assert "prune" in result.stderr
     assert "removed" in shell.run("store", "prune", shell.out / "kv").stdout
     shell.run("store", "verify", shell.out)
+
+
+def test_caches_that_wait_for_their_first_retrieval(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index("--cache-after", "1")
+    assert "caches       0 (0 tokens" in shell.run("store", "stat", shell.out).stdout
+    for misses in (1, 0):
+        answer = shell.run("ask", shell.out, "apples?", "-k", "1", "--max-new-tokens", "2")
+        assert f"{1 - misses} hits, {misses} misses" in answer.stdout
+    assert "50.0% hits" in shell.run("store", "stat", shell.out).stdout
+    shell.index("--cache-after", "0")  # nothing else to do: from the next change on
+    shell.write("b.txt", paragraphs("banana"))
+    shell.index()
+    answer = shell.run("ask", shell.out, "banana things?", "-k", "1", "--max-new-tokens", "2")
+    assert "1 hits, 0 misses" in answer.stdout
+    shell.index("--cache-after", "-1", code=2)
+
+
+def test_budget_and_pins(shell: Shell) -> None:
+    kept = shell.write("a.txt", paragraphs("apple"))
+    shell.write("b.txt", paragraphs("banana"))
+    shell.index()
+    assert "no limit" in shell.run("store", "budget", shell.out).stdout
+    store = FolderStore(shell.out / "kv")
+    nbytes = store.stat().nbytes
+    assert "pinned" in shell.run("store", "pin", shell.out, kept).stdout
+    result = shell.run("store", "budget", shell.out, str(nbytes // 2), "--namespace", "x/=1MiB")
+    assert "x/: 1.0 MB" in result.stdout
+    assert store.stat().nbytes <= nbytes // 2
+    with shell.catalog() as catalog:
+        ids = catalog.ids(str(kept))
+    assert sorted(ids) == store.pinned()
+    assert all(store.has(key) for id in ids for _, key in store.references(id))
+    stat = shell.run("store", "stat", shell.out).stdout
+    assert "budget" in stat
+    assert f"{len(ids)} caches are pinned" in stat
+    assert (
+        "no limit"
+        in shell.run("store", "budget", shell.out, "none", "--namespace", "x/=none").stdout
+    )
+    assert "0 documents are pinned" in shell.run("store", "unpin", shell.out, kept).stdout
+    assert "has no file and no chunk" in shell.run("store", "pin", shell.out, "z", code=1).stderr
+    assert "is no size" in shell.run("store", "budget", shell.out, "much", code=1).stderr
+    store.close()
+
+
+def test_an_archive_is_imported(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    archive = shell.out.parent / "index.tar"
+    there = shell.out.parent / "there"
+    assert "files" in shell.run("store", "export", shell.out, archive).stdout
+    assert "all verified" in shell.run("store", "import", archive, there).stdout
+    answer = shell.run("ask", there, "apples?", "-k", "1", "--max-new-tokens", "2")
+    assert "1 hits, 0 misses" in answer.stdout
+    assert "is there already" in shell.run("store", "import", archive, there, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("500MB", 500 * 10**6),
+        ("1.5 GiB", 3 * 2**29),
+        ("2kb", 2000),
+        (" 3 TB ", 3 * 10**12),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1", "0", "1.2.3", "5 apples", "0.1"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InputError, match="is no size"):
+        parse_size(text)
 
 
 def test_an_index_keeps_the_codec_it_was_made_with(shell: Shell) -> None:
