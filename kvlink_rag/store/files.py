@@ -28,7 +28,8 @@ from kvlink_rag.store.record import (
 
 KEY = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
-TEMPORARY = re.compile(r"\.writing-([0-9a-f]{8})-(\d+)-[0-9a-f]+")
+TEMPORARY = re.compile(r"\.writing-([0-9a-f]{8})-(\d+)-[0-9a-f]+(?:\.([0-9a-f]{64}))?")
+"""Files of writers: host, process, and behind the point the key of a cache about to be renamed."""
 ABANDONED_S = 3600.0
 """After this time a temporary file counts as left behind, whoever wrote it."""
 MAPPED = 4096
@@ -50,10 +51,16 @@ class State(Enum):
 
 
 class ChunkFiles:
-    """Files ``<first 2 hex digits>/<key>.safetensors`` in a folder."""
+    """Files ``<first 2 hex digits>/<key>.safetensors`` in a folder, and ``.writing`` beside them.
+
+    There a file is written before it gets its name. Before that, an empty one with the key in its
+    name is put beside it, and removed when the catalog has the cache: what a killed process left
+    is found without looking through the folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.writing = folder / ".writing"
         self._mapped: dict[str, tuple[tuple[int, ...], MappedRecord]] = {}
         self._new_locks()
         _FOLDERS.add(self)
@@ -105,7 +112,7 @@ class ChunkFiles:
             self._mapped = {k: each for k, each in self._mapped.copy().items() if each[1].record()}
 
     def write(self, record: ChunkKV, codec: str = RAW) -> tuple[Path, int]:
-        """Write a cache to a temporary file beside its place and sync it.
+        """Write a cache to a temporary file and sync it.
 
         Returns:
             the temporary file, and its bytes.
@@ -113,11 +120,11 @@ class ChunkFiles:
         Raises:
             OSError: nothing is left behind.
         """
-        folder = self.path(record.key_as(codec)).parent
-        if not folder.is_dir():
-            folder.mkdir(mode=0o700, exist_ok=True)
-            sync_folder(self.folder)
-        temporary = folder / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+        for folder in (self.path(record.key_as(codec)).parent, self.writing):
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                sync_folder(self.folder)
+        temporary = self.writing / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
         try:
             return temporary, write_record(temporary, record, codec)
         except BaseException:
@@ -125,11 +132,33 @@ class ChunkFiles:
                 temporary.unlink()
             raise
 
-    def publish(self, temporary: Path, key: str) -> None:
-        """Give a temporary file its name, durably."""
+    def publish(self, temporary: Path, key: str) -> Path:
+        """Give a temporary file its name, durably.
+
+        Returns:
+            a file to be removed once the catalog has the cache.
+        """
         path = self.path(key)
-        os.replace(temporary, path)
+        note = temporary.with_name(f"{temporary.name}.{key}")
+        note.touch(mode=0o600)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            note.unlink()
+            raise
         sync_folder(path.parent)
+        return note
+
+    def left(self) -> list[tuple[Path, str | None]]:
+        """What dead writers left, with the key that was about to be used, if there is one."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.writing.iterdir():
+                match = TEMPORARY.fullmatch(path.name)
+                with contextlib.suppress(FileNotFoundError):  # its writer is done with it
+                    if match and not _may_be_writing(path, match):
+                        found.append((path, match[3]))
+        return found
 
     def remove(self, key: str) -> None:
         """Remove the file under ``key`` if it is there."""
@@ -209,7 +238,7 @@ def sync_folder(folder: Path) -> None:
 def _may_be_writing(path: Path, name: re.Match[str]) -> bool:
     if time.time() - path.stat().st_mtime > ABANDONED_S:
         return False
-    host, pid = name.groups()
+    host, pid = name[1], name[2]
     try:
         if host == HOST:
             os.kill(int(pid), 0)  # signal 0 only asks

@@ -39,7 +39,7 @@ RELEASE_BATCH = 500
 class FolderStore:
     """A :class:`~kvlink_rag.store.base.KVStore` in a folder.
 
-    Files are ``chunks/<first 2 hex digits>/<key>.safetensors``, written to a temporary name,
+    Files are ``chunks/<first 2 hex digits>/<key>.safetensors``, written under a temporary name,
     synced and renamed; ``catalog.sqlite`` describes them. Any number of threads and processes may
     use one folder at once. Reading does not touch the catalog. Tensors of :meth:`get` are views of
     the mapped file and stay valid after it is removed.
@@ -79,6 +79,7 @@ class FolderStore:
             self.codec, self._catalog = self._opened(codec)
             if not self._catalog.readonly:
                 self._files.folder.mkdir(mode=0o700, exist_ok=True)
+                self._tidy_up()
         if limits is not None and limits != self.budget:
             self.set_budget(limits)
 
@@ -126,7 +127,11 @@ class FolderStore:
                 codec = codec_for(self.codec, record.keys.dtype)
                 temporary, nbytes = self._files.write(record, codec)
                 entry = _entry(record.key_as(codec), record, nbytes)
-                self._catalog.write(lambda tx: self._publish(tx, temporary, entry, documents))
+                note = self._catalog.write(
+                    lambda tx: self._publish(tx, temporary, entry, documents)
+                )
+            with contextlib.suppress(OSError):
+                note.unlink()
         except BaseException:
             if temporary is not None:
                 with contextlib.suppress(OSError):
@@ -331,13 +336,28 @@ class FolderStore:
 
     def _publish(
         self, tx: sqlite3.Connection, temporary: Path, entry: Entry, documents: Iterable[str]
-    ) -> None:
+    ) -> Path:
         sql.add(tx, entry, documents)
-        evicted = room.keep(tx, set(documents), self._files.held, entry)
-        # renamed before the commit: whoever holds the write lock sees file and row, or neither
-        self._files.publish(temporary, entry.key)
-        for key in evicted:
+        for key in room.keep(tx, set(documents), self._files.held, entry):
             self._files.remove(key)
+        # renamed before the commit: whoever holds the write lock sees file and row, or neither
+        return self._files.publish(temporary, entry.key)
+
+    def _tidy_up(self) -> None:
+        """Take in or remove what killed processes were just writing; prune finds the rest."""
+        left = self._files.left()
+
+        def take_in(tx: sqlite3.Connection) -> None:
+            for path, key in left:
+                # killed between its new name and the commit
+                if key and not sql.knows(tx, key) and (entry := self._files.entry(key)):
+                    sql.add(tx, entry)
+                path.unlink(missing_ok=True)
+            self._keep_budget(tx, ())
+
+        if left:
+            with contextlib.suppress(OSError, sqlite3.Error, StoreError):  # the next one does it
+                self._catalog.write(take_in, wait=False)
 
     def _keep_budget(self, tx: sqlite3.Connection, documents: Collection[str]) -> None:
         for key in room.keep(tx, documents, self._files.held):
