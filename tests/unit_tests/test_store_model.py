@@ -75,9 +75,16 @@ class FolderMachine(RuleBasedStateMachine):
             self.there -= taken
             self.maybe |= taken
 
-    @initialize(target=handles)
-    def first(self) -> FolderStore:
-        return self.open()
+    @initialize(target=handles, files=st.one_of(st.none(), st.integers(1, 3)), pinned=st.booleans())
+    def first(self, files: int | None, pinned: bool) -> FolderStore:
+        store = self.open()
+        self.pin(store, "a/1", pinned)
+        self.limit(store, files, None)
+        for number, document in enumerate(["a/1", "é", "a/2", "é", "é", "a/2"]):
+            self.put(store, number, [document])
+            self.get(store, number)
+            self.the_budget_holds()
+        return store
 
     @rule(target=handles)
     def open(self) -> FolderStore:
