@@ -31,7 +31,7 @@ from kvlink_rag.prompt import (
     PromptTemplate,
 )
 from kvlink_rag.report import IndexReport, Stopwatch
-from kvlink_rag.store import KVStore, open_store
+from kvlink_rag.store import EncryptionKey, KVStore, open_store
 
 
 class KVLinkEngine(Prefiller):
@@ -97,6 +97,7 @@ class KVLinkEngine(Prefiller):
         store: str | Path | KVStore | None = None,
         ram_bytes: int = 0,
         codec: str | None = None,
+        encryption_key: EncryptionKey | None = None,
         strategy: Strategy = "reuse",
         adapter: str | Path | Adapter | None = None,
         merge_adapter: bool = False,
@@ -120,6 +121,9 @@ class KVLinkEngine(Prefiller):
             codec: what a folder keeps keys and values as: `raw`, `bf16`, `fp8`, `int8` or `int4`;
                 fixed when the folder is made, and part of a cache's identity. None takes the
                 folder's, `raw` for a new one.
+            encryption_key: encrypts the caches of a new folder and opens them later: 16, 24 or 32
+                bytes, or a function that returns them. None takes ``KVLINK_STORE_KEY`` of the
+                environment for a folder that is encrypted, and encrypts no new one.
             strategy: the default for every answer: `reuse`, `recompute`, `full`, or with an adapter
                 `link`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
@@ -157,7 +161,7 @@ class KVLinkEngine(Prefiller):
             loaded,
             tokenizer,
             name=name,
-            store=open_store(store, ram_bytes, codec),
+            store=open_store(store, ram_bytes, codec, encryption_key),
             strategy=strategy,
             adapter=trained,
             merge_adapter=merge_adapter,
