@@ -24,6 +24,7 @@ from kvlink_rag.errors import InputError
 from kvlink_rag.store.codec import channels, codec_for, decode, encode
 from kvlink_rag.store.encryption import Cipher, NotOpened
 from kvlink_rag.store.layout import (
+    FLOATS,
     IDS,
     KINDS,
     TYPES,
@@ -261,6 +262,8 @@ class Header(NamedTuple):
     tokens: int
     fingerprint: str
     codec: str
+    dtype: torch.dtype
+    """Of keys and values as they are read."""
     has_rope: bool
 
 
@@ -273,25 +276,30 @@ def read_header(path: Path, key: str | None = None, cipher: Cipher | None = None
     """
     if cipher is not None:
         metadata, tensors = _unsealed(path, key or "", cipher)
-        return _told(metadata, len(tensors["token_ids"]))
+        return _header_of(metadata, len(tensors["token_ids"]), KINDS[tensors["keys"].dtype])
     try:
         with safe_open(path, framework="pt") as file:
             metadata = _metadata(file.metadata())
             shape = file.get_slice("token_ids").get_shape()
+            kind = file.get_slice("keys").get_dtype()
     except SafetensorError as error:
         with open(path, "rb"):
             raise CorruptRecord(f"it is no safetensors file: {error}") from error
     if len(shape) != 1:
         raise CorruptRecord("token_ids is no list of token ids")
-    return _told(metadata, int(shape[0]))
+    return _header_of(metadata, int(shape[0]), kind)
 
 
-def _told(metadata: Mapping[str, str], tokens: int) -> Header:
+def _header_of(metadata: Mapping[str, str], tokens: int, kind: str) -> Header:
+    dtype = metadata.get("dtype", kind)
+    if dtype not in FLOATS:
+        raise CorruptRecord(f"it has dtype {dtype[:40]!r}")
     return Header(
         metadata["key"],
         tokens,
         metadata["fingerprint"],
         metadata.get("codec", RAW),
+        TYPES[dtype],
         metadata.get("rope", "[]") != "[]",
     )
 

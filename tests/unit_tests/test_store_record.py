@@ -51,7 +51,7 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: torch.dtype, behind: tup
     assert (tmp_path / "a").stat().st_size == nbytes
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
     assert same(record, read_record(tmp_path / "a"))
-    assert read_header(tmp_path / "a") == (record.key, 3, "modèle-日本", "raw", False)
+    assert read_header(tmp_path / "a") == (record.key, 3, "modèle-日本", "raw", dtype, False)
 
 
 def test_views_of_other_tensors_are_written_as_they_look(tmp_path: Path) -> None:
