@@ -84,6 +84,11 @@ class ChunkFiles:
             raise InputError(f"{key!r} is no key of a chunk cache: keys are 64 hex digits")
         return self.folder / key[:2] / f"{key}{self._suffix}"
 
+    def has(self, key: str) -> bool:
+        """Whether there is a file under ``key``; its contents are not looked at."""
+        path = self.path(key)
+        return path.exists() and not path.parent.is_symlink()
+
     def read(self, key: str) -> ChunkKV:
         """The verified cache under ``key``; one mapping of the file serves all who hold it.
 

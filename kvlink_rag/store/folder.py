@@ -83,7 +83,7 @@ class FolderStore:
 
     def has(self, key: str) -> bool:
         """Whether there is a file under ``key``; its contents are not looked at."""
-        return self._files.path(key).exists()
+        return self._files.has(key)
 
     def get(self, key: str) -> ChunkKV | None:
         """The cache under ``key``, checksum verified; None when absent or corrupt.

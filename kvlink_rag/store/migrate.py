@@ -147,7 +147,7 @@ class _Migration:
         used = self.files.path(key).stat().st_mtime
         temporary = None
         try:
-            if self.files.path(new).exists():
+            if self.files.has(new):
                 nbytes = self.files.path(new).stat().st_size
             else:
                 temporary, nbytes = self.files.write(record, codec)
