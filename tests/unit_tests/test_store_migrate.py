@@ -121,6 +121,24 @@ def test_caches_without_their_rotation_are_refused(tmp_path: Path) -> None:
     assert FolderStore(tmp_path).get(make_record(100).key_as("bf16")) is not None
 
 
+@pytest.mark.parametrize("codec", ["bf16", "fp8", "int8", "int4"])
+def test_an_engine_finds_what_was_migrated(tmp_path: Path, codec: str) -> None:
+    import tiny  # the processes that are killed do without a model
+
+    chunks = ["one fox in the snow", "two dogs", "three bees"]
+    for name, made_with in (("raw", None), ("new", codec)):
+        engine = tiny.engine("gemma3", store=tmp_path / name, codec=made_with)
+        engine.index(chunks, progress=False)
+        engine.prefill("How many?", chunks)  # stores the prefix too
+    migrate(tmp_path / "raw", codec)
+    engine, other = (tiny.engine("gemma3", store=tmp_path / name) for name in ("raw", "new"))
+    prefill = engine.prefill("How many?", chunks)
+    assert (prefill.report.hits, prefill.report.misses) == (3, 0)
+    assert torch.equal(prefill.logits, other.prefill("How many?", chunks).logits)
+    assert sorted(engine.store.references()) == sorted(other.store.references())
+    assert contents(tmp_path / "raw") == contents(tmp_path / "new")
+
+
 def test_encrypted_folders_stay_encrypted(tmp_path: Path) -> None:
     store = FolderStore(tmp_path, encryption_key=KEY)
     for number in range(RECORDS):
