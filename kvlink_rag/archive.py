@@ -28,7 +28,9 @@ from kvlink_rag.store.files import sync_folder
 
 Progress = Callable[[int, int], None]
 
-STORE_FILES = r"catalog\.sqlite|store\.json|chunks/([0-9a-f]{2})/\1[0-9a-f]{62}\.safetensors"
+STORE_FILES = (
+    r"catalog\.sqlite|store\.json|chunks/([0-9a-f]{2})/\1[0-9a-f]{62}\.(?:safetensors|sealed)"
+)
 MEMBER = re.compile(rf"index\.sqlite|(?:{CACHES}/)?(?:{STORE_FILES})")
 """Names in an archive; anything else is refused."""
 

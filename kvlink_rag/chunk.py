@@ -87,7 +87,7 @@ class ChunkKV:
             ``position, position + 1, ...``, whatever prompt they become part of.
         values: ``[layers, kv_heads, tokens, value_dim]``.
         rope: how the keys are rotated; empty where that is not known, as after reading a file of
-            raw keys. A codec then takes them as they are.
+            raw keys that an older version wrote. A codec then takes them as they are.
         codec: what keys and values went through (:mod:`kvlink_rag.store.codec`).
     """
 

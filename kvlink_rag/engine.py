@@ -31,7 +31,7 @@ from kvlink_rag.prompt import (
     PromptTemplate,
 )
 from kvlink_rag.report import IndexReport, Stopwatch
-from kvlink_rag.store import Budget, KVStore, open_store
+from kvlink_rag.store import Budget, EncryptionKey, KVStore, open_store
 
 
 class KVLinkEngine(Prefiller):
@@ -100,6 +100,7 @@ class KVLinkEngine(Prefiller):
         ram_bytes: int = 0,
         codec: str | None = None,
         budget: Budget | int | None = None,
+        encryption_key: EncryptionKey | None = None,
         strategy: Strategy = "reuse",
         adapter: str | Path | Adapter | None = None,
         merge_adapter: bool = False,
@@ -127,6 +128,9 @@ class KVLinkEngine(Prefiller):
             budget: most bytes that the folder may hold, or a :class:`kvlink_rag.store.Budget` with
                 limits for documents and namespaces; what is worth least makes room. None leaves
                 the folder's as it is, a new one without limit.
+            encryption_key: encrypts the caches of a new folder and opens them later: 16, 24 or 32
+                bytes, or a function that returns them. None takes ``KVLINK_STORE_KEY`` of the
+                environment for a folder that is encrypted, and encrypts no new one.
             strategy: the default for every answer: `reuse`, `recompute`, `full`, or with an adapter
                 `link`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
@@ -166,7 +170,7 @@ class KVLinkEngine(Prefiller):
             loaded,
             tokenizer,
             name=name,
-            store=open_store(store, ram_bytes, codec, budget),
+            store=open_store(store, ram_bytes, codec, budget=budget, encryption_key=encryption_key),
             strategy=strategy,
             adapter=trained,
             merge_adapter=merge_adapter,

@@ -102,7 +102,7 @@ class _Share:
         """``(key, bytes, priority)``, without pinned ones, what is missed least first."""
         where = f"{self.where} AND" if self.where else ""
         query = (
-            f"SELECT key, nbytes, priority FROM entries WHERE {where} 1 "
+            f"SELECT key, nbytes, priority FROM entries WHERE {where} NOT {PINNED} "
             "ORDER BY priority"
         )
         yield from tx.execute(query, self.values)

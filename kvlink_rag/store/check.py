@@ -81,12 +81,8 @@ def settle(tx: sqlite3.Connection, found: Findings, files: ChunkFiles, remove: b
     """
     found.corrupt = {path for path in found.corrupt if files.state(path) is State.CORRUPT}
     found.strays = {path for path in found.strays if files.state(path) is State.STRAY}
-    found.orphans = {
-        key for key in found.orphans if files.path(key).exists() and not sql.knows(tx, key)
-    }
-    found.missing = {
-        key for key in found.missing if sql.knows(tx, key) and not files.path(key).exists()
-    }
+    found.orphans = {key for key in found.orphans if files.has(key) and not sql.knows(tx, key)}
+    found.missing = {key for key in found.missing if sql.knows(tx, key) and not files.has(key)}
     found.unreferenced = {
         key for key in found.unreferenced if sql.knows(tx, key) and not sql.referred(tx, key)
     }

@@ -74,6 +74,39 @@ def tensor_names(codec: str) -> list[str]:
     return [f"{what}{end}" for what in ("keys", "values") for end in ends]
 
 
+def needs_rope(codec: str) -> bool:
+    """Whether a codec takes keys without their rotation, and so has to know it."""
+    return codec in _GRIDS
+
+
+def channels(codec: str, size: int) -> int:
+    """Of a head, from the last size of the tensor ``keys`` or ``values`` that a codec writes."""
+    return size * 8 // _GRIDS[codec].bits if codec in _GRIDS else size
+
+
+def coded_layout(
+    codec: str, keys: tuple[int, ...], values: tuple[int, ...]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor that a codec of fewer bits writes, by name.
+
+    Args:
+        keys: shape of the tensor ``keys`` that it writes: four sizes, none of them 0.
+        values: of ``values``.
+    """
+    grid = _GRIDS[codec]
+    dim, value_dim = channels(codec, keys[3]), channels(codec, values[3])
+    groups = -(-keys[2] // grid.key_group)
+    value_groups = value_dim // VALUE_GROUP if value_dim % VALUE_GROUP == 0 else 1
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "keys": (grid.kind, keys),
+        "values": (grid.kind, values),
+    }
+    for name in grid.params:
+        layout[f"keys{name}"] = (torch.float16, (*keys[:2], groups, dim))
+        layout[f"values{name}"] = (torch.float16, (*values[:3], value_groups))
+    return layout
+
+
 def encode(record: ChunkKV, codec: str) -> dict[str, torch.Tensor]:
     """The tensors that are written for a chunk's keys and values.
 

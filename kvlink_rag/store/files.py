@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -14,12 +15,15 @@ import zlib
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
+from stat import S_ISREG
 
 from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError
 from kvlink_rag.store.catalog import Entry
+from kvlink_rag.store.encryption import Cipher
 from kvlink_rag.store.record import (
     CorruptRecord,
+    Header,
     MappedRecord,
     map_record,
     read_header,
@@ -28,6 +32,8 @@ from kvlink_rag.store.record import (
 
 KEY = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
+SEALED = ".sealed"
+"""Of the files of an encrypted store."""
 TEMPORARY = re.compile(r"\.writing-([0-9a-f]{8})-(\d+)-[0-9a-f]+(?:\.([0-9a-f]{64}))?")
 """Files of writers: host, process, and behind the point the key of a cache about to be renamed."""
 ABANDONED_S = 3600.0
@@ -56,11 +62,17 @@ class ChunkFiles:
     There a file is written before it gets its name. Before that, an empty one with the key in its
     name is put beside it, and removed when the catalog has the cache: what a killed process left
     is found without looking through the folder.
+
+    Args:
+        folder: it need not be there.
+        cipher: seals the files, which then are ``<key>.sealed``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
         self.folder = folder
         self.writing = folder / ".writing"
+        self._cipher = cipher
+        self._suffix = SUFFIX if cipher is None else SEALED
         self._mapped: dict[str, tuple[tuple[int, ...], MappedRecord]] = {}
         self._new_locks()
         _FOLDERS.add(self)
@@ -76,7 +88,12 @@ class ChunkFiles:
         """
         if not isinstance(key, str) or not KEY.fullmatch(key):
             raise InputError(f"{key!r} is no key of a chunk cache: keys are 64 hex digits")
-        return self.folder / key[:2] / f"{key}{SUFFIX}"
+        return self.folder / key[:2] / f"{key}{self._suffix}"
+
+    def has(self, key: str) -> bool:
+        """Whether there is a file under ``key``; its contents are not looked at."""
+        path = self.path(key)
+        return path.exists() and not path.parent.is_symlink()
 
     def read(self, key: str) -> ChunkKV:
         """The verified cache under ``key``; one mapping of the file serves all who hold it.
@@ -90,13 +107,13 @@ class ChunkFiles:
             return self._read(path, key)
 
     def _read(self, path: Path, key: str) -> ChunkKV:
-        stat = path.stat()
+        stat = _regular(path)
         # a file that was shortened must not be read through a mapping of what it was
         identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         known = self._mapped.get(key)
         if known and known[0] == identity and (record := known[1].verified()):
             return record
-        record, mapped = map_record(path, key)
+        record, mapped = map_record(path, key, self._cipher)
         self._forget()
         self._mapped[key] = (identity, mapped)
         return record
@@ -120,13 +137,15 @@ class ChunkFiles:
         Raises:
             OSError: nothing is left behind.
         """
-        for folder in (self.path(record.key_as(codec)).parent, self.writing):
+        place = self.path(record.key_as(codec)).parent
+        _check_no_link(place)
+        for folder in (place, self.writing):
             if not folder.is_dir():
                 folder.mkdir(mode=0o700, exist_ok=True)
                 sync_folder(self.folder)
         temporary = self.writing / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
         try:
-            return temporary, write_record(temporary, record, codec)
+            return temporary, write_record(temporary, record, codec, self._cipher)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -162,7 +181,9 @@ class ChunkFiles:
 
     def remove(self, key: str) -> None:
         """Remove the file under ``key`` if it is there."""
-        self.path(key).unlink(missing_ok=True)
+        path = self.path(key)
+        _check_no_link(path.parent)
+        path.unlink(missing_ok=True)
 
     def paths(self) -> Iterator[Path]:
         """Every file in the folder, whatever it is."""
@@ -181,15 +202,28 @@ class ChunkFiles:
 
     def _entry(self, path: Path) -> Entry | None:
         with contextlib.suppress(CorruptRecord, OSError):
-            key, tokens, fingerprint = read_header(path)
-            if self.key_of(path) == key:
-                stat = path.stat()
-                return Entry(key, tokens, stat.st_size, fingerprint, stat.st_mtime)
+            if (key := self.key_of(path)) is not None:
+                header, stat = self.header(key), path.stat()
+                return Entry(key, header.tokens, stat.st_size, header.fingerprint, stat.st_mtime)
         return None
+
+    def header(self, key: str) -> Header:
+        """What the header of a cache says, unverified.
+
+        Raises:
+            CorruptRecord: there is no header, or it is another chunk's.
+            OSError: the file cannot be read, or is not there.
+        """
+        path = self.path(key)
+        _regular(path)
+        header = read_header(path, key, self._cipher)
+        if header.key != key:
+            raise CorruptRecord("it holds the cache of another chunk")
+        return header
 
     def key_of(self, path: Path) -> str | None:
         """The key of a file that is named as a chunk cache and in its place."""
-        key = path.name.removesuffix(SUFFIX)
+        key = path.name.removesuffix(self._suffix)
         return key if KEY.fullmatch(key) and path == self.path(key) else None
 
     def state(self, path: Path) -> State:
@@ -233,6 +267,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _regular(path: Path) -> os.stat_result:
+    """The status of a chunk file.
+
+    Files that were copied from elsewhere may have anything in their place: a pipe would be waited
+    for, and a link leads out of the folder.
+
+    Raises:
+        CorruptRecord: it is no regular file.
+        OSError: it is not there, or its folder is a link.
+    """
+    _check_no_link(path.parent)
+    stat = path.lstat()
+    if not S_ISREG(stat.st_mode):
+        raise CorruptRecord("it is a link or no regular file")
+    return stat
+
+
+def _check_no_link(folder: Path) -> None:
+    """Nothing is read, written or removed through a link in a folder's place."""
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "there is a link in a folder's place, remove it", str(folder))
 
 
 def _may_be_writing(path: Path, name: re.Match[str]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import threading
@@ -26,9 +25,14 @@ from kvlink_rag.store.catalog import Catalog, Entry
 from kvlink_rag.store.check import find, settle
 from kvlink_rag.store.codec import check_codec, codec_for
 from kvlink_rag.store.database import explained
-from kvlink_rag.store.files import ChunkFiles, sync_folder
+from kvlink_rag.store.encryption import Cipher, EncryptionKey
+from kvlink_rag.store.files import ChunkFiles
 from kvlink_rag.store.record import CorruptRecord
-from kvlink_rag.whole import write_whole
+from kvlink_rag.store.settings import NAME as STORE_JSON
+from kvlink_rag.store.settings import Settings
+
+CATALOG = "catalog.sqlite"
+CHUNKS = "chunks"
 
 TOUCHES = 256
 """Times caches were asked for that are remembered before they are written to the catalog."""
@@ -51,9 +55,13 @@ class FolderStore:
         budget: bytes of files that the folder may hold, for all processes from now on; what is
             worth least is evicted for what is new (:mod:`kvlink_rag.store.budget`). None leaves the
             folder's as it is, a new one without limit. Each writing thread adds a file for a time.
+        encryption_key: 16, 24 or 32 bytes, or what returns them: encrypts the chunk files of a new
+            folder, not its catalog (:mod:`kvlink_rag.store.encryption`), and opens them later.
+            Without one, an encrypted folder is opened with that in ``KVLINK_STORE_KEY`` and a new
+            one is not encrypted.
 
     Raises:
-        InputError: there is no such codec, or the folder has another.
+        InputError: there is no such codec, the folder has another, or the key is not its key.
         StoreError: the folder cannot be used.
     """
 
@@ -62,11 +70,12 @@ class FolderStore:
         path: str | os.PathLike[str],
         codec: str | None = None,
         budget: Budget | int | None = None,
+        encryption_key: EncryptionKey | None = None,
     ) -> None:
         if codec is not None:
             check_codec(codec)
+        cipher = None if encryption_key is None else Cipher(encryption_key)
         self.path = Path(path).expanduser().absolute()
-        self._files = ChunkFiles(self.path / "chunks")
         self._touched: dict[str, Entry] = {}
         self._asked = 0
         self._missed = 0
@@ -76,7 +85,7 @@ class FolderStore:
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700, parents=True)
             os.listdir(self.path)  # unreadable: say so before anything is made
-            self.codec, self._catalog = self._opened(codec)
+            self.codec, self._files, self._catalog = self._opened(codec, cipher)
             if not self._catalog.readonly:
                 self._files.folder.mkdir(mode=0o700, exist_ok=True)
                 self._tidy_up()
@@ -85,7 +94,7 @@ class FolderStore:
 
     def has(self, key: str) -> bool:
         """Whether there is a file under ``key``; its contents are not looked at."""
-        return self._files.path(key).exists()
+        return self._files.has(key)
 
     def get(self, key: str) -> ChunkKV | None:
         """The cache under ``key``, checksum verified; None when absent or corrupt.
@@ -300,39 +309,27 @@ class FolderStore:
 
     # Below: what the methods above are made of.
 
-    def _opened(self, wanted: str | None) -> tuple[str, Catalog]:
-        """The folder's codec and catalog; both are made where they are not there."""
-        path = self.path / "catalog.sqlite"
-        if path.exists() or not os.access(self.path, os.W_OK):
-            return self._known_codec(wanted), Catalog(path, self._files.entries)
+    def _opened(self, wanted: str | None, cipher: Cipher | None) -> tuple[str, ChunkFiles, Catalog]:
+        """The folder's codec, files and catalog, which are made where they are not there."""
+        if (self.path / CATALOG).exists() or not os.access(self.path, os.W_OK):
+            return self._known(wanted, cipher)
         with FileLock(self.path / "store.lock", mode=0o600):
-            if not path.exists() and not self._settings.exists() and wanted not in (None, RAW):
-                write_whole(self._settings, json.dumps({"codec": wanted}))
-                sync_folder(self.path)
-            # before the catalog: a folder that has one has its codec
-            return self._known_codec(wanted), Catalog(path, self._files.entries)
+            made = [self.path / name for name in (CATALOG, CHUNKS, STORE_JSON)]
+            if not any(path.exists() for path in made) and (wanted not in (None, RAW) or cipher):
+                Settings.made(wanted or RAW, cipher).write(self.path)
+            # before the catalog: a folder that has one has its settings
+            return self._known(wanted, cipher)
 
-    @property
-    def _settings(self) -> Path:
-        return self.path / "store.json"
-
-    def _known_codec(self, wanted: str | None) -> str:
-        """The codec that the folder was made with."""
-        found = RAW
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                found = check_codec(json.loads(self._settings.read_bytes())["codec"])
-            except (ValueError, KeyError, TypeError, InputError) as error:
-                raise StoreError(
-                    f"cannot open the store {self.path}: {self._settings} names no codec "
-                    f"({error}); write the codec into it again, or use another folder"
-                ) from error
-        if wanted not in (None, found):
+    def _known(self, wanted: str | None, cipher: Cipher | None) -> tuple[str, ChunkFiles, Catalog]:
+        """:meth:`_opened`, as the folder was made."""
+        settings = Settings.read(self.path)
+        if wanted not in (None, settings.codec):
             raise InputError(
-                f"the store {self.path} was made with codec {found!r}, not {wanted!r}: leave codec "
-                "out, or use another folder"
+                f"the store {self.path} was made with codec {settings.codec!r}, not {wanted!r}: "
+                "leave codec out, or use another folder"
             )
-        return found
+        files = ChunkFiles(self.path / CHUNKS, settings.cipher(self.path, cipher))
+        return settings.codec, files, Catalog(self.path / CATALOG, files.entries)
 
     def _publish(
         self, tx: sqlite3.Connection, temporary: Path, entry: Entry, documents: Iterable[str]

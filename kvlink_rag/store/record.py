@@ -10,34 +10,34 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 
-from kvlink_rag.chunk import FORMAT_VERSION, RAW, ChunkKV
+from kvlink_rag.chunk import FORMAT_VERSION, RAW, ChunkKV, chunk_key
 from kvlink_rag.errors import InputError
-from kvlink_rag.rope import RopeGroup
-from kvlink_rag.store.codec import codec_for, decode, encode, tensor_names
+from kvlink_rag.store.codec import channels, codec_for, decode, encode
+from kvlink_rag.store.encryption import Cipher, NotOpened
+from kvlink_rag.store.layout import (
+    FLOATS,
+    IDS,
+    KINDS,
+    TYPES,
+    Layout,
+    check_layout,
+    rope_of,
+    rope_text,
+)
 
 METADATA = ("checksum", "fingerprint", "key", "version")
 CODED = ("codec", "dtype", "rope")
-"""Metadata that a cache has besides, where a codec has changed it."""
-KINDS = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
-"""Names of types in safetensors."""
-TYPES = {name: kind for kind, name in KINDS.items()}
+"""Metadata that a cache has besides, where a codec has changed it; a raw one may have ``rope``."""
+KNOWN = (METADATA, (*METADATA, "rope"), METADATA + CODED)
 
 PIECE = 1 << 20
 """Bytes written at once. Larger writes make Linux look for huge pages to cache them in, which took
@@ -62,22 +62,28 @@ def check_shapes(record: ChunkKV) -> None:
         problem = f"do not fit {len(record.token_ids)} token ids"
     elif 0 in keys or 0 in values:
         problem = "are empty"
+    elif not record.keys.is_floating_point() or not record.values.is_floating_point():
+        problem = f"of {record.keys.dtype} and {record.values.dtype} are no floating point numbers"
     else:
         return
     raise InputError(f"chunk cache: keys {list(keys)} and values {list(values)} {problem}")
 
 
-def write_record(path: Path, record: ChunkKV, codec: str = RAW) -> int:
+def write_record(
+    path: Path, record: ChunkKV, codec: str = RAW, cipher: Cipher | None = None
+) -> int:
     """Write a chunk cache to a new file of mode 0600 and sync it.
 
     Args:
         codec: see :mod:`kvlink_rag.store.codec`.
+        cipher: seals the file.
 
     Returns:
         bytes written.
 
     Raises:
-        InputError: the shapes do not fit the tokens, or the cache went through a codec before.
+        InputError: the shapes do not fit the tokens, the cache went through a codec before, or it
+            is too large to be sealed.
         StoreError: the codec cannot hold its numbers.
         OSError: as the operating system says; the file may then be there in part.
     """
@@ -85,6 +91,8 @@ def write_record(path: Path, record: ChunkKV, codec: str = RAW) -> int:
     tensors, metadata = _contents(record, codec)
     metadata["checksum"] = _checksum(metadata, tensors)
     parts = [memoryview(_header(tensors, metadata)), *map(_raw, tensors.values())]
+    if cipher is not None:
+        parts = [memoryview(each) for each in cipher.seal(b"".join(parts), _bound(metadata["key"]))]
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "wb", buffering=0) as file:
         for part in parts:
@@ -114,7 +122,9 @@ def _contents(record: ChunkKV, codec: str) -> tuple[dict[str, torch.Tensor], dic
         "version": str(FORMAT_VERSION),
     }
     if codec != RAW:
-        metadata |= {"codec": codec, "dtype": KINDS[record.keys.dtype], "rope": _told(record.rope)}
+        metadata |= {"codec": codec, "dtype": KINDS[record.keys.dtype]}
+    if codec != RAW or record.rope:  # where it is not known, raw keys do as well
+        metadata["rope"] = rope_text(record.rope)
     return dict(sorted(tensors.items())), metadata
 
 
@@ -151,6 +161,8 @@ class MappedRecord:
     record: weakref.ref[ChunkKV]
     metadata: Mapping[str, str]
     ids: Mapping[str, torch.Tensor]
+    is_view: bool
+    """Whether its tensors are the mapped file's, which somebody may have changed."""
 
     def verified(self) -> ChunkKV | None:
         """The cache, if it is still held.
@@ -159,45 +171,83 @@ class MappedRecord:
             CorruptRecord: its bytes were changed meanwhile.
         """
         record = self.record()
-        if record is not None and record.codec == RAW:  # else it is no view of the file
+        if record is not None and self.is_view:
             tensors = {**self.ids, "keys": record.keys, "values": record.values}
             _verify(self.metadata, tensors)
         return record
 
 
-def read_record(path: Path, key: str | None = None) -> ChunkKV:
+def read_record(path: Path, key: str | None = None, cipher: Cipher | None = None) -> ChunkKV:
     """Read a chunk cache and verify all of it; the tensors are views of the mapped file.
 
     Args:
         path: the file.
-        key: the key that the cache must have.
+        key: the key that the cache must have; a sealed file does not open without it.
+        cipher: of a sealed file, whose tensors are then in memory.
 
     Raises:
         CorruptRecord: with the reason, for anything that :func:`write_record` did not write.
         OSError: the file cannot be read at all.
     """
-    return map_record(path, key)[0]
+    return map_record(path, key, cipher)[0]
 
 
-def map_record(path: Path, key: str | None = None) -> tuple[ChunkKV, MappedRecord]:
+def map_record(
+    path: Path, key: str | None = None, cipher: Cipher | None = None
+) -> tuple[ChunkKV, MappedRecord]:
     """:func:`read_record`, and what is needed to share the mapping."""
+    if cipher is None:
+        metadata, tensors = _mapped(path)
+    else:
+        metadata, tensors = _unsealed(path, key or "", cipher)
+    if key is not None and metadata["key"] != key:
+        raise CorruptRecord("it holds the cache of another chunk")
+    _verify(metadata, tensors)
+    record = _record(metadata, tensors)
+    ids = {name: tensors[name].clone() for name in IDS}
+    is_view = cipher is None and record.codec == RAW
+    return record, MappedRecord(weakref.ref(record), metadata, ids, is_view)
+
+
+def _mapped(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a safetensors file, checked to be laid out as a chunk cache."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = _metadata(file.metadata())
-            if key is not None and metadata["key"] != key:
-                raise CorruptRecord("it holds the cache of another chunk")
-            names = sorted(file.keys())
-            if names != sorted(("behind", "token_ids", *tensor_names(metadata.get("codec", RAW)))):
-                raise CorruptRecord(f"it has the tensors {names}")
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        # safetensors turns some errors of the operating system into its own: tell them apart
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            _check(metadata, {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()})
+            return metadata, {name: file.get_tensor(name) for name in slices}
+    except SafetensorError as error:
+        # some of them are errors of the operating system, which opening raises as such
         with open(path, "rb"):
             raise CorruptRecord(f"it is no safetensors file: {error}") from error
-    _verify(metadata, tensors)
-    record = _record(metadata, tensors)
-    ids = {name: tensors[name].clone() for name in ("behind", "token_ids")}
-    return record, MappedRecord(weakref.ref(record), metadata, ids)
+
+
+def _unsealed(
+    path: Path, key: str, cipher: Cipher
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """:func:`_mapped` for a sealed file."""
+    try:
+        data = cipher.open(path.read_bytes(), _bound(key))
+        parts = dict(deserialize(data))
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (NotOpened, SafetensorError) as error:
+        raise CorruptRecord(str(error)) from error
+    del data
+    metadata = _metadata(header.get("__metadata__"))
+    _check(metadata, {name: (part["dtype"], tuple(part["shape"])) for name, part in parts.items()})
+    return metadata, {name: _tensor(part) for name, part in parts.items()}
+
+
+def _tensor(part: Mapping[str, Any]) -> torch.Tensor:
+    data, kind = part["data"], TYPES[part["dtype"]]
+    flat = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
+    return flat.reshape(tuple(part["shape"]))
+
+
+def _bound(key: str) -> str:
+    """What a sealed file is bound to."""
+    return f"chunk {FORMAT_VERSION} {key}"
 
 
 def _verify(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -205,56 +255,85 @@ def _verify(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
         raise CorruptRecord("its checksum does not hold")
 
 
-def read_header(path: Path) -> tuple[str, int, str]:
-    """Key, number of tokens and fingerprint as the header states them; nothing is verified.
+class Header(NamedTuple):
+    """What the header of a file says of its cache."""
+
+    key: str
+    tokens: int
+    fingerprint: str
+    codec: str
+    dtype: torch.dtype
+    """Of keys and values as they are read."""
+    has_rope: bool
+
+
+def read_header(path: Path, key: str | None = None, cipher: Cipher | None = None) -> Header:
+    """The header of a file, unverified; a sealed one (see :func:`read_record`) is opened for it.
 
     Raises:
         CorruptRecord: there is no such header.
         OSError: the file cannot be read at all.
     """
+    if cipher is not None:
+        metadata, tensors = _unsealed(path, key or "", cipher)
+        return _header_of(metadata, len(tensors["token_ids"]), KINDS[tensors["keys"].dtype])
     try:
         with safe_open(path, framework="pt") as file:
             metadata = _metadata(file.metadata())
             shape = file.get_slice("token_ids").get_shape()
-            return metadata["key"], int(shape[0]), metadata["fingerprint"]
-    except (SafetensorError, ValueError, RuntimeError, IndexError) as error:
+            kind = file.get_slice("keys").get_dtype()
+    except SafetensorError as error:
         with open(path, "rb"):
             raise CorruptRecord(f"it is no safetensors file: {error}") from error
+    if len(shape) != 1:
+        raise CorruptRecord("token_ids is no list of token ids")
+    return _header_of(metadata, int(shape[0]), kind)
+
+
+def _header_of(metadata: Mapping[str, str], tokens: int, kind: str) -> Header:
+    dtype = metadata.get("dtype", kind)
+    if dtype not in FLOATS:
+        raise CorruptRecord(f"it has dtype {dtype[:40]!r}")
+    return Header(
+        metadata["key"],
+        tokens,
+        metadata["fingerprint"],
+        metadata.get("codec", RAW),
+        TYPES[dtype],
+        metadata.get("rope", "[]") != "[]",
+    )
 
 
 def _metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     found = dict(metadata or {})
-    if sorted(found) not in (sorted(METADATA), sorted(METADATA + CODED)):
+    if sorted(found) not in (sorted(names) for names in KNOWN):
         raise CorruptRecord("it is no chunk cache (other metadata)")
     if found["version"] != str(FORMAT_VERSION):
-        raise CorruptRecord(f"it has format {found['version']!r}, not {FORMAT_VERSION}")
+        raise CorruptRecord(f"it has format {found['version'][:40]!r}, not {FORMAT_VERSION}")
     return found
 
 
-def _record(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> ChunkKV:
-    for name in ("behind", "token_ids"):
-        if tensors[name].dim() != 1 or tensors[name].dtype not in (torch.int32, torch.int64):
-            raise CorruptRecord(f"{name} is no list of token ids")
-    behind, codec = tuple(tensors["behind"].tolist()), metadata.get("codec", RAW)
+def _check(metadata: Mapping[str, str], layout: Layout) -> None:
     try:
-        rope = _asked(metadata.get("rope", "[]"))
-        dtype = TYPES[metadata["dtype"]] if codec != RAW else tensors["keys"].dtype
-        keys, values = decode(tensors, codec, dtype, len(behind), rope)
-        record = ChunkKV(
-            token_ids=tuple(tensors["token_ids"].tolist()),
-            behind=behind,
-            fingerprint=metadata["fingerprint"],
-            keys=keys,
-            values=values,
-            rope=rope,
-            codec=codec,
-        )
-        check_shapes(record)
-    except (InputError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        check_layout(layout, metadata.get("codec", RAW), metadata.get("dtype"))
+    except ValueError as error:
         raise CorruptRecord(str(error)) from error
-    if record.key != metadata["key"]:
+
+
+def _record(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> ChunkKV:
+    """The cache in tensors that are laid out as :func:`check_layout` wants them."""
+    behind, codec = tuple(tensors["behind"].tolist()), metadata.get("codec", RAW)
+    layers, head_dim = tensors["keys"].shape[0], channels(codec, tensors["keys"].shape[3])
+    try:
+        rope = rope_of(metadata.get("rope", "[]"), layers, head_dim)
+    except ValueError as error:
+        raise CorruptRecord(str(error)) from error
+    dtype = TYPES[metadata["dtype"]] if codec != RAW else tensors["keys"].dtype
+    token_ids = tuple(tensors["token_ids"].tolist())
+    if chunk_key(metadata["fingerprint"], behind, token_ids, codec) != metadata["key"]:
         raise CorruptRecord("its key is not the key of its contents")
-    return record
+    keys, values = decode(tensors, codec, dtype, len(behind), rope)
+    return ChunkKV(token_ids, behind, metadata["fingerprint"], keys, values, rope, codec)
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
@@ -269,21 +348,3 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) 
     for name in sorted(tensors):
         digest.update(_raw(tensors[name]))
     return digest.hexdigest()
-
-
-def _told(rope: Sequence[RopeGroup]) -> str:
-    """How keys are rotated, as JSON: first layer, layer behind the last, frequencies or null."""
-    groups = [
-        [group.layers.start, group.layers.stop, None if f is None else f.float().tolist()]
-        for group in rope
-        for f in [group.inv_freq]
-    ]
-    return json.dumps(groups)
-
-
-def _asked(text: str) -> tuple[RopeGroup, ...]:
-    """:func:`_told`, the way back."""
-    return tuple(
-        RopeGroup(slice(int(start), int(stop)), None if f is None else torch.tensor(f))
-        for start, stop, f in json.loads(text)
-    )

@@ -272,7 +272,7 @@ def test_a_dropped_file_is_not_one_that_was_stored_anew(
     record = make_record(1)
     folder.put(record, ["a"])
 
-    def damaged_once(path: Path, key: str) -> ChunkKV:
+    def damaged_once(path: Path, key: str, cipher: None) -> ChunkKV:
         monkeypatch.setattr(files_module, "map_record", map_record)
         raise CorruptRecord("another process replaces it right now")
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from kvlink_rag import InputError, KVLinkEngine, StoreError
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.rope import RopeGroup, shift_groups
 from kvlink_rag.store import FolderStore, MemoryStore, RamTier
-from kvlink_rag.store.codec import CODECS, codec_for, decode, encode, tensor_names
+from kvlink_rag.store.codec import CODECS, codec_for, coded_layout, decode, encode, tensor_names
 
 LOSSY = [codec for codec in CODECS if codec not in ("raw", "bf16")]
 CHUNKS = ["one fox in the snow", "two dogs, and a cat that is not theirs", "three bees"]
@@ -232,10 +231,21 @@ class TestEngine:
         assert tier.hits == 1
 
 
-def test_files_of_raw_caches_are_what_they_were(tmp_path):
-    """No codec, no new metadata: stores made before there were codecs are read."""
-    FolderStore(tmp_path).put(record(3))
-    raw = next(tmp_path.rglob("*.safetensors")).read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    assert sorted(header["__metadata__"]) == ["checksum", "fingerprint", "key", "version"]
-    assert not (tmp_path / "store.json").exists()
+def test_what_is_written_is_laid_out_as_readers_expect(tmp_path):
+    for codec in LOSSY:
+        for tokens in (1, 64, 129):
+            for dim in (16, 64, 48):
+                tensors = encode(record(tokens, dim=dim), codec)
+                shapes = [tuple(tensors[name].shape) for name in ("keys", "values")]
+                found = {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}
+                assert found == coded_layout(codec, *shapes)
+
+
+def test_raw_caches_that_were_read_can_be_coded(tmp_path):
+    """Their file says how their keys are rotated."""
+    its = record(70)
+    FolderStore(tmp_path / "raw").put(its)
+    found = FolderStore(tmp_path / "raw").get(its.key)
+    for name, wanted in encode(its, "int4").items():
+        assert torch.equal(encode(found, "int4")[name], wanted)
+    assert not (tmp_path / "raw" / "store.json").exists()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvlink_rag.chunk import ChunkKV
-from kvlink_rag.errors import KVLinkWarning, StoreError
+from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store import FolderStore, StoreStat
 from kvlink_rag.store import files as files_module
 
@@ -213,6 +213,77 @@ class TestWhatGoesWrong:
             again.prune()
         assert again.verify().clean
         again.close()
+
+
+class TestWhatLeadsElsewhere:
+    """A folder that was copied from somebody may hold links and pipes in the place of caches."""
+
+    @pytest.mark.parametrize("what", ["link", "dangling link", "pipe"])
+    def test_no_file_is_reached_through_a_file(
+        self, folder: FolderStore, tmp_path: Path, what: str
+    ) -> None:
+        record = make_record(1)
+        folder.put(record, ["a"])
+        path = file_of(folder, record)
+        outside = tmp_path / "outside"
+        os.rename(path, outside)
+        if what == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(outside if what == "link" else tmp_path / "none")
+        assert folder.verify().corrupt == [str(path)]
+        with pytest.warns(KVLinkWarning, match="link or no regular file"):
+            assert folder.get(record.key) is None
+        assert not path.is_symlink()
+        assert not path.exists()
+        assert outside.exists()
+        folder.put(record)
+        assert folder.get(record.key) is not None
+
+    def test_no_file_is_reached_through_a_folder(self, folder: FolderStore, tmp_path: Path) -> None:
+        record = make_record(1)
+        folder.put(record, ["a"])
+        file = file_of(folder, record)
+        outside = tmp_path / "outside"
+        os.rename(file.parent, outside)
+        file.parent.symlink_to(outside)
+        with pytest.warns(KVLinkWarning, match="link in a folder's place"):
+            assert folder.get(record.key) is None
+        for change in (lambda: folder.put(record), lambda: folder.release(["a"])):
+            with pytest.raises(StoreError, match="link in a folder's place"):
+                change()
+        assert not folder.has(record.key)
+        assert folder.verify().missing == [record.key]
+        assert [path.name for path in outside.iterdir()] == [file.name]
+        file.parent.unlink()
+        folder.put(record)
+        assert folder.get(record.key) is not None
+
+    def test_a_folder_in_a_files_place(self, folder: FolderStore) -> None:
+        record = make_record(1)
+        path = file_of(folder, record)
+        path.mkdir(parents=True)
+        with pytest.warns(KVLinkWarning, match="no regular file"):
+            assert folder.get(record.key) is None
+        with pytest.raises(StoreError, match="cannot store"):
+            folder.put(record)
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "../" + "0" * 61,
+            "/" + "0" * 63,
+            "0" * 64 + "/..",
+            "\u0660" * 64,
+            "0" * 63 + "\0",
+            None,
+            0,
+        ],
+    )
+    def test_keys_do_not_leave_the_folder(self, folder: FolderStore, key: object) -> None:
+        for use in (folder.get, folder.has, lambda key: folder.refer([("a", key)])):
+            with pytest.raises(InputError, match="no key"):
+                use(key)  # type: ignore[operator]
 
 
 def as_nobody(code: str, *arguments: object) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError
+from kvlink_rag.rope import RopeGroup
 from kvlink_rag.store.record import CorruptRecord, read_header, read_record, write_record
 
 
@@ -50,7 +51,7 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: torch.dtype, behind: tup
     assert (tmp_path / "a").stat().st_size == nbytes
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
     assert same(record, read_record(tmp_path / "a"))
-    assert read_header(tmp_path / "a") == (record.key, 3, "modèle-日本")
+    assert read_header(tmp_path / "a") == (record.key, 3, "modèle-日本", "raw", dtype, False)
 
 
 def test_views_of_other_tensors_are_written_as_they_look(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_the_same_bytes_with_another_meaning_are_refused(tmp_path: Path, change:
         metadata = file.metadata()
     tensors = load_file(tmp_path / "a")
     if change == "shape":
-        tensors["keys"] = tensors["keys"].reshape(1, 2, 3, 4)
+        tensors |= {name: tensors[name].reshape(1, 2, 3, -1) for name in ("keys", "values")}
     elif change == "dtype":
         tensors["keys"] = tensors["keys"].view(torch.float16)
     elif change == "swap":
@@ -218,3 +219,43 @@ def test_the_size_told_is_the_files_and_only_its_owner_may_read_it(tmp_path: Pat
     path = tmp_path / "record"
     assert write_record(path, make_record((1, 2))) == path.stat().st_size > 0
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_files_of_before_are_read(codec: str) -> None:
+    """Written when raw files did not say how their keys are rotated."""
+    keys = torch.arange(24, dtype=torch.float32).reshape(2, 1, 3, 4)
+    found = read_record(Path(__file__).with_name("old_records") / f"{codec}.safetensors")
+    assert found.is_for("model-a", (1,), (5, 6, 7))
+    assert len(found.rope) == (0 if codec == "raw" else 1)
+    assert torch.allclose(found.keys, keys, atol=0 if codec == "raw" else 0.1)
+    assert torch.allclose(found.values, keys + 1, atol=0 if codec == "raw" else 0.1)
+
+
+def test_raw_files_say_how_their_keys_are_rotated(tmp_path: Path) -> None:
+    rope = (RopeGroup(slice(0, 1), torch.tensor([0.1, 1e-7])), RopeGroup(slice(1, 2), None))
+    write_record(tmp_path / "a", replace(make_record(), rope=rope))
+    found = read_record(tmp_path / "a")
+    assert [group.layers for group in found.rope] == [slice(0, 1), slice(1, 2)]
+    assert torch.equal(found.rope[0].inv_freq, rope[0].inv_freq)
+    assert found.rope[1].inv_freq is None
+    assert read_header(tmp_path / "a").has_rope
+
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        metadata = file.metadata()
+    metadata["rope"] = metadata["rope"].replace("1,", "2,")
+    save_file(load_file(tmp_path / "a"), tmp_path / "b", metadata)
+    with pytest.raises(CorruptRecord, match="checksum"):
+        read_record(tmp_path / "b")
+
+
+def test_where_the_rotation_is_not_known_files_are_what_they_were(tmp_path: Path) -> None:
+    write_record(tmp_path / "a", make_record())
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        assert sorted(file.metadata()) == ["checksum", "fingerprint", "key", "version"]
+
+
+def test_whole_numbers_are_no_cache(tmp_path: Path) -> None:
+    record = replace(make_record(), keys=torch.ones((2, 1, 3, 4), dtype=torch.int64))
+    with pytest.raises(InputError, match="no floating point"):
+        write_record(tmp_path / "a", record)

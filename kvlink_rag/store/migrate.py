@@ -1,0 +1,221 @@
+"""Change what a folder's caches are written as, in place."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kvlink_rag.chunk import RAW
+from kvlink_rag.errors import InputError, StoreError
+from kvlink_rag.store import catalog as sql
+from kvlink_rag.store.base import StoreStat
+from kvlink_rag.store.catalog import Catalog, Entry
+from kvlink_rag.store.codec import check_codec, codec_for, needs_rope
+from kvlink_rag.store.database import explained
+from kvlink_rag.store.encryption import Cipher, EncryptionKey
+from kvlink_rag.store.files import TEMPORARY, ChunkFiles, State
+from kvlink_rag.store.folder import CATALOG, CHUNKS
+from kvlink_rag.store.record import CorruptRecord, Header
+from kvlink_rag.store.settings import Settings
+
+BATCH = 100
+"""Old entries removed in one transaction, so that others get their turn."""
+
+
+def migrate(
+    path: str | os.PathLike[str],
+    codec: str,
+    *,
+    encryption_key: EncryptionKey | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> StoreStat:
+    """Write the caches of a folder with another codec, with the same document references.
+
+    New files are made beside the old ones, then the folder's codec is changed, then the old files
+    are removed. So the disk holds both for a while, and a migration that was killed or ran out of
+    disk leaves a folder that works as before: run it again to finish it, or with the folder's own
+    codec to undo it.
+
+    Nobody else may write to the folder meanwhile: what a store that was opened before stores
+    afterwards has the old codec and is never found. Close such stores and open them again.
+
+    Args:
+        path: of a folder with codec ``raw`` or, for a model in bfloat16, ``bf16``.
+        codec: the new one (:mod:`kvlink_rag.store.codec`).
+        encryption_key: of an encrypted folder (:class:`~kvlink_rag.store.folder.FolderStore`),
+            which stays encrypted with it.
+        progress: called with (files done, files in all) after each file that is rewritten.
+
+    Returns:
+        counts and sizes afterwards.
+
+    Raises:
+        InputError: there is no such codec; the caches went through another one already, or their
+            files do not say how keys are rotated, so that they have to be indexed again; or the
+            key is not the folder's.
+        StoreError: there is no such folder, a file is damaged, or it cannot be written.
+    """
+    check_codec(codec)
+    cipher = None if encryption_key is None else Cipher(encryption_key)
+    folder = Path(path).expanduser().absolute()
+    if not (folder / CATALOG).exists():
+        raise StoreError(f"{folder} is no store of chunk caches: name a folder that has a catalog")
+    with explained("migrate", folder), _alone(folder):
+        settings = Settings.read(folder)
+        cipher = settings.cipher(folder, cipher)
+        files = ChunkFiles(folder / CHUNKS, cipher)
+        catalog = Catalog(folder / CATALOG, files.entries)
+        try:
+            migration = _Migration(folder, files, catalog, codec)
+            if settings.codec != codec:
+                migration.write(settings.codec, progress)
+                Settings.made(codec, cipher).write(folder)
+            migration.remove_old()
+            return catalog.read(sql.stat)
+        finally:
+            catalog.close()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / "store.lock", mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StoreError(f"another process is migrating {folder}: wait until it is done") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass
+class _Migration:
+    folder: Path
+    files: ChunkFiles
+    catalog: Catalog
+    codec: str
+
+    def write(self, old: str, progress: Callable[[int, int], None] | None) -> None:
+        """Write every cache of the old codec with the new one, beside its old file."""
+        if old not in (RAW, "bf16"):
+            raise InputError(
+                f"the store {self.folder} has codec {old!r}: what went through it cannot become "
+                f"{self.codec!r}; index again into a new folder"
+            )
+        keys = [header.key for header in self._headers() if self._is_source(header, old)]
+        holders = self._holders()
+        for done, key in enumerate(keys, start=1):
+            self._rewrite(key, holders.get(key, []))
+            if progress is not None:
+                progress(done, len(keys))
+
+    def _is_source(self, header: Header, old: str) -> bool:
+        """Whether a file is to be rewritten; refuses what cannot be."""
+        if header.codec not in (RAW, old):
+            return False  # new already, or left by a migration to yet another codec
+        if header.codec != RAW:
+            raise InputError(
+                f"the store {self.folder} has caches that went through codec {header.codec!r} and "
+                f"cannot become {self.codec!r}: index again into a new folder"
+            )
+        if needs_rope(self.codec) and not header.has_rope:
+            raise InputError(
+                f"the store {self.folder} has caches of an older version, which do not say how "
+                f"their keys are rotated (the first is {header.key}): index again into a new "
+                "folder"
+            )
+        return True
+
+    def _rewrite(self, key: str, documents: Iterable[str]) -> None:
+        """Write one cache anew, unless a migration before this one has."""
+        try:
+            record = self.files.read(key)
+        except CorruptRecord as reason:
+            raise self._damaged(key, reason) from reason
+        codec = codec_for(self.codec, record.keys.dtype)
+        new = record.key_as(codec)
+        if new == key:
+            return
+        used = self.files.path(key).stat().st_mtime
+        temporary = None
+        try:
+            if self.files.has(new):
+                nbytes = self.files.path(new).stat().st_size
+            else:
+                temporary, nbytes = self.files.write(record, codec)
+            entry = Entry(new, len(record.token_ids), nbytes, record.fingerprint, used)
+            note = self.catalog.write(lambda tx: self._publish(tx, temporary, entry, documents))
+            if note is not None:
+                note.unlink()
+        except BaseException:
+            if temporary is not None:
+                with suppress(OSError):
+                    temporary.unlink()
+            raise
+
+    def _publish(
+        self,
+        tx: sqlite3.Connection,
+        temporary: Path | None,
+        entry: Entry,
+        documents: Iterable[str],
+    ) -> Path | None:
+        sql.add(tx, entry, documents)
+        return None if temporary is None else self.files.publish(temporary, entry.key)
+
+    def remove_old(self) -> None:
+        """Remove what has another codec than the folder, and what killed migrations left."""
+        old = [header.key for header in self._headers() if header.codec != self._codec_of(header)]
+        holders = self._holders()
+        for start in range(0, len(old), BATCH):
+            batch = set(old[start : start + BATCH])
+            documents = {document for key in batch for document in holders.get(key, ())}
+            self.catalog.write(partial(_forget, keys=batch, documents=documents))
+            # after the commit: a file without a row is found again, a row without its file is not
+            for key in batch:
+                self.files.remove(key)
+        for path in list(self.files.paths()):
+            if TEMPORARY.fullmatch(path.name) and self.files.state(path) is State.STRAY:
+                path.unlink(missing_ok=True)
+
+    def _codec_of(self, header: Header) -> str:
+        return codec_for(self.codec, header.dtype)
+
+    def _holders(self) -> dict[str, list[str]]:
+        """The documents that refer to a key."""
+        holders: dict[str, list[str]] = {}
+        for document, key in self.catalog.read(lambda tx: list(sql.references(tx))):
+            holders.setdefault(key, []).append(document)
+        return holders
+
+    def _headers(self) -> Iterator[Header]:
+        """Of every cache in the folder, whether the catalog knows it or not."""
+        for path in list(self.files.paths()):
+            if (key := self.files.key_of(path)) is not None:
+                try:
+                    yield self.files.header(key)
+                except CorruptRecord as reason:
+                    raise self._damaged(key, reason) from reason
+
+    def _damaged(self, key: str, reason: CorruptRecord) -> StoreError:
+        return StoreError(
+            f"cannot migrate {self.folder}: {self.files.path(key)} is damaged ({reason}); remove "
+            f"it with `kvlink store prune {self.folder}`, it will be computed anew, and run again"
+        )
+
+
+def _forget(tx: sqlite3.Connection, keys: set[str], documents: set[str]) -> None:
+    """Drop entries, and the references of documents to them."""
+    for document in documents:
+        found = {key for name, key in sql.references(tx, document) if name == document}
+        sql.let_go(tx, [document], found - keys)
+    for key in keys:
+        sql.drop(tx, key)
