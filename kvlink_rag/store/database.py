@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,7 @@ class Database:
             path.exists() and not os.access(path, os.W_OK)
         )
         self._lock = threading.RLock()
+        _databases.add(self)
         self._inherited: sqlite3.Connection | None = None
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
@@ -199,6 +201,19 @@ class Database:
                 f"{self.path} has format {found}{newer}, this version reads {version}: "
                 "use the version that made it, or another folder"
             )
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a child process: a lock that a thread held when it was made would stay held."""
+    for database in list(_databases):
+        database._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 @contextmanager

@@ -108,17 +108,47 @@ class ChunkFiles:
         Raises:
             OSError: nothing is left behind.
         """
-        folder = self.path(record.key_as(codec)).parent
-        if not folder.is_dir():
-            folder.mkdir(mode=0o700, exist_ok=True)
-            sync_folder(self.folder)
-        temporary = folder / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+        temporary = self._temporary(record.key_as(codec))
         try:
             return temporary, write_record(temporary, record, codec)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+    def _temporary(self, key: str) -> Path:
+        folder = self.path(key).parent
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            sync_folder(self.folder)
+        return folder / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+
+    def write_bytes(self, key: str, data: bytes) -> Path:
+        """Write a file of another folder to a temporary file beside its place and sync it.
+
+        Raises:
+            OSError: nothing is left behind.
+        """
+        temporary = self._temporary(key)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            return temporary
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def verified(self, temporary: Path, key: str) -> ChunkKV:
+        """The cache in a temporary file that is to become the one under ``key``.
+
+        Raises:
+            CorruptRecord: the file is damaged or holds another chunk's cache.
+        """
+        return map_record(temporary, key)[0]
 
     def publish(self, temporary: Path, key: str) -> None:
         """Give a temporary file its name, durably."""

@@ -26,7 +26,7 @@ class Watched(MemoryStore):
         self.go.set()
         self.error: Exception | None = None
 
-    def get(self, key: str) -> ChunkKV | None:
+    def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
         self.asked.append(key)
         assert self.go.wait(30)
         if self.error:
