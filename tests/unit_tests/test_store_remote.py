@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import http.server
+import importlib
 import os
 import re
 import signal
@@ -425,9 +426,9 @@ class TestTrouble:
             raise RemoteRefused("cannot write to shared://: no space")
 
         monkeypatch.setattr(shared, "write", write)
-        for number in range(2, 8):
-            other.put(make_record(number))
         with told() as texts:
+            for number in range(2, 8):
+                other.put(make_record(number))
             assert not other.flush(0.5)
             assert is_right(other.get(record.key), record)
         assert len(texts) == 1
@@ -562,12 +563,6 @@ class TestProcesses:
         assert is_right(tier.get(after.key), after)
         assert remote.has(after.key)
 
-    def test_a_process_ends_while_a_remote_hangs(self, tmp_path: Path) -> None:
-        child = os.fork()
-        if child == 0:
-            sys.exit(_ends(tmp_path))
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
     def test_what_closing_leaves_is_uploaded_by_the_next(
         self, machine: Machine, shared: Shared, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -604,14 +599,6 @@ def _goes_on(tier: RemoteTier, before: ChunkKV, after: ChunkKV) -> int:
     right = is_right(tier.get(before.key), before)
     tier.put(after)
     return 0 if right and tier.flush(PATIENCE_S) else 1
-
-
-def _ends(path: Path) -> int:
-    shared = Shared()
-    shared.gate.clear()
-    tier = RemoteTier(FolderStore(path / "a"), shared, timeout_s=0.05)
-    tier.put(make_record(1))
-    return 0 if tier.get(ABSENT) is None else 1
 
 
 class TestOutbox:
@@ -699,14 +686,14 @@ class TestOpenStore:
             open_store(url).close()
         assert len(list((tmp_path / "remote").iterdir())) == 1
         open_store("redis://localhost:1/1").close()
-        assert len(list((tmp_path / "remote").iterdir())) == 3
+        assert len(list((tmp_path / "remote").iterdir())) == 2
 
     @pytest.mark.parametrize(
         ("url", "match"),
         [
             ("nosuch://u:hidden@host/kv", "known are .*file.*redis.*s3"),
             ("s3://", "names no bucket"),
-            ("redis://u:hidden@host/notanumber?x=hidden", "."),
+            ("redis://u:hidden/x@host", "is no URL.*%2F"),
         ],
     )
     def test_urls_that_cannot_be_used(self, tmp_path: Path, url: str, match: str) -> None:
@@ -723,10 +710,10 @@ class TestOpenStore:
         monkeypatch.setitem(sys.modules, package, None)
         url = "s3://bucket/kv" if package == "s3fs" else "redis://localhost:1"
         url = f"file://{tmp_path}/kv" if package == "fsspec" else url
-        if package == "s3fs":
-            import fsspec.registry
-
-            monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
+        if package == "s3fs":  # fsspec has it already
+            monkeypatch.delitem(
+                importlib.import_module("fsspec.registry")._registry, "s3", raising=False
+            )
         with pytest.raises(InputError, match=rf"{package}.*pip install 'kvlink-rag\[remote\]'"):
             open_store(tmp_path / "a", remote=url)
 
@@ -752,17 +739,15 @@ class TestCredentials:
     @pytest.mark.parametrize(
         ("url", "shown"),
         [
-            ("s3://bucket/kv", "s3://bucket/kv"),
+            ("s3://bucket/kv@home", "s3://bucket/kv@home"),
             ("redis://user:pass@host:1/0", "redis://***@host:1/0"),
-            ("redis://:p%40ss/w@rd@host/0?password=x", "redis://***@host"),
+            ("redis://user:p%40ss@host/0?password=x", "redis://***@host/0?***"),
+            ("redis://user:pass/word@host:1/0", "redis://***"),
             ("https://host/kv?token=x", "https://host/kv?***"),
         ],
     )
     def test_urls_are_shown_without(self, url: str, shown: str) -> None:
-        text = redacted(url)
-        assert text.startswith(shown[:12])
-        for secret in ("user", "pass", "token=x", "password=x"):
-            assert secret not in text
+        assert redacted(url) == shown
 
     def test_errors_are_told_without(self, tmp_path: Path) -> None:
         remote = FsspecRemote(
