@@ -111,6 +111,7 @@ def _weed(path: str, folder: Path, s3_port: int) -> list[str]:
         *ports,
         *("-s3", f"-s3.port={s3_port}", f"-s3.port.grpc={free_port()}"),
         *(f"-s3.config={folder / 's3.json'}", "-s3.iam=false", "-iam=false"),
+        "-s3.autoCreateBucket=false",
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
         *("-master.volumeSizeLimitMB=64", "-master.volumePreallocate=false", "-volume.max=20"),
     ]

@@ -71,8 +71,9 @@ class Shared:
             raise self.error
 
     def read(self, key: str) -> bytes | None:
+        data = self.objects.get(key)
         self._called("read", key)
-        return self.objects.get(key)
+        return data
 
     def write(self, key: str, data: bytes) -> None:
         self._called("write", key)
@@ -434,6 +435,31 @@ class TestTrouble:
         assert len(texts) == 1
         assert "no space" in texts[0]
 
+    def test_an_object_that_is_refused_holds_up_no_other(
+        self, machine: Machine, shared: Shared, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("kvlink_rag.store.uploads.REFUSED_S", 0.01)
+        records = [make_record(number) for number in range(1, 4)]
+        write = shared.write
+
+        def picky(key: str, data: bytes) -> None:
+            if key == records[0].key:
+                raise RemoteRefused("cannot write to shared://: too large")
+            write(key, data)
+
+        monkeypatch.setattr(shared, "write", picky)
+        tier = machine("a")
+        with told() as texts:
+            for record in records:
+                tier.put(record)
+            wait_until(lambda: len(shared.objects) == 2)
+            tier.has(ABSENT)
+        assert len(texts) == 1
+        assert "too large" in texts[0]
+        monkeypatch.setattr(shared, "write", write)
+        assert tier.flush(PATIENCE_S)
+        assert len(shared.objects) == 3
+
     def test_uploads_that_wait_are_bounded(self, machine: Machine, shared: Shared) -> None:
         shared.error = ConnectionError()
         tier = machine("a", retry_s=3600, most_uploads=2)
@@ -562,6 +588,27 @@ class TestProcesses:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert is_right(tier.get(after.key), after)
         assert remote.has(after.key)
+
+    def test_a_child_made_while_a_thread_writes(self, tmp_path: Path) -> None:
+        outbox = Outbox(tmp_path / "outbox.sqlite", 10)
+        holds, forked = threading.Event(), threading.Event()
+
+        def write() -> None:
+            with outbox._database.writing():
+                holds.set()
+                assert forked.wait(PATIENCE_S)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        assert holds.wait(PATIENCE_S)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # ends a child that waits for the thread, which it does not have
+            os._exit(len(outbox))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        forked.set()
+        thread.join()
+        outbox.close()
 
     def test_what_closing_leaves_is_uploaded_by_the_next(
         self, machine: Machine, shared: Shared, monkeypatch: pytest.MonkeyPatch
