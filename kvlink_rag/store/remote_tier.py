@@ -184,10 +184,10 @@ class RemoteTier:
             if self._guard.answers:
                 self._uploads.flush(CLOSE_S)
         self._stop()
-        self._guard.tell()
         self._outbox.close()
         self.folder.close()
         self.remote.close()
+        self._guard.tell()
 
     # What the folder tells, within its transactions.
 

@@ -337,6 +337,7 @@ class TestDeletion:
         tier, record = machine("a"), make_record(1)
         tier.put(record, ["a"])
         assert tier.flush(PATIENCE_S)
+        tier._uploads.stop()
         tier._outbox.close()
         with pytest.raises(StoreError):
             tier.release(["a"])
