@@ -31,7 +31,7 @@ from kvlink_rag.prompt import (
     PromptTemplate,
 )
 from kvlink_rag.report import IndexReport, Stopwatch
-from kvlink_rag.store import Budget, EncryptionKey, KVStore, open_store
+from kvlink_rag.store import Budget, EncryptionKey, KVStore, Remote, open_store
 
 
 class KVLinkEngine(Prefiller):
@@ -101,6 +101,7 @@ class KVLinkEngine(Prefiller):
         codec: str | None = None,
         budget: Budget | int | None = None,
         encryption_key: EncryptionKey | None = None,
+        remote: str | Remote | None = None,
         strategy: Strategy = "reuse",
         adapter: str | Path | Adapter | None = None,
         merge_adapter: bool = False,
@@ -119,7 +120,8 @@ class KVLinkEngine(Prefiller):
         Args:
             model: hub id, local folder, GGUF file (loaded with dense weights), or a
                 ``(model, tokenizer)`` pair already in memory.
-            store: folder for chunk caches, or any store; None keeps them in memory.
+            store: folder for chunk caches, URL (:func:`kvlink_rag.store.open_store`), or any
+                store; None keeps them in memory.
             ram_bytes: keep so much of what was read last from the folder in memory, which spares
                 reading and verifying it.
             codec: what a folder keeps keys and values as: `raw`, `bf16`, `fp8`, `int8` or `int4`;
@@ -131,6 +133,10 @@ class KVLinkEngine(Prefiller):
             encryption_key: encrypts the caches of a new folder and opens them later: 16, 24 or 32
                 bytes, or a function that returns them. None takes ``KVLINK_STORE_KEY`` of the
                 environment for a folder that is encrypted, and encrypts no new one.
+            remote: what several machines share behind their folders: a URL such as
+                `s3://bucket/kv`, or an object made with credentials
+                (:class:`kvlink_rag.store.FsspecRemote`, :class:`kvlink_rag.store.RedisRemote`).
+                Where loading from it would take longer than computing, caches are computed.
             strategy: the default for every answer: `reuse`, `recompute`, `full`, or with an adapter
                 `link`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
@@ -170,7 +176,14 @@ class KVLinkEngine(Prefiller):
             loaded,
             tokenizer,
             name=name,
-            store=open_store(store, ram_bytes, codec, budget=budget, encryption_key=encryption_key),
+            store=open_store(
+                store,
+                ram_bytes,
+                codec,
+                budget=budget,
+                encryption_key=encryption_key,
+                remote=remote,
+            ),
             strategy=strategy,
             adapter=trained,
             merge_adapter=merge_adapter,

@@ -110,6 +110,7 @@ class Prefiller:
             self.in_place = serves(self.reader, self.architecture)
         self._prefetcher = Prefetcher(self._wanted, self._load_one)
         self._loading = Threads("kvlink-load", LOAD_THREADS)
+        self._tokens_per_s: float | None = None  # of computing caches; None before the first
 
     @property
     def fingerprint(self) -> str:
@@ -254,7 +255,11 @@ class Prefiller:
 
     def _load_one(self, wanted: Wanted) -> ChunkKV | None:
         text, behind = wanted
-        record = self.store.get(self._key_behind(text, behind)) if text else None
+        if not text:
+            return None
+        rate = self._tokens_per_s
+        within_s = None if rate is None else len(text) / rate  # else it is better computed
+        record = self.store.get(self._key_behind(text, behind), within_s)
         if record and not record.is_for(self.fingerprint, behind, text):
             warnings.warn(
                 f"the store's entry {record.key[:12]}... is for other tokens or another model; "
@@ -272,12 +277,20 @@ class Prefiller:
         for behind in {behind for _, behind in missing}:
             texts = [text for text, its in missing if its == behind and text]
             with self._model_lock:
+                watch = Stopwatch()
                 made.before[behind] = 0 if self._encoder.has_encoded(behind) else len(behind)
                 for batch in self._encoder.encode(
                     texts, behind, max_batch_tokens=self.batch_tokens
                 ):
                     made.records.update(((texts[i], behind), record) for i, record in batch)
+                self._note_speed(made.before[behind] + sum(map(len, texts)), watch.total())
         return made
+
+    def _note_speed(self, tokens: int, seconds: float) -> None:
+        """Remember how fast caches are computed, what was measured last above all."""
+        if tokens:
+            rate, before = tokens / seconds, self._tokens_per_s
+            self._tokens_per_s = rate if before is None else 0.7 * before + 0.3 * rate
 
     def _link(
         self,

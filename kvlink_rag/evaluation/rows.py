@@ -31,9 +31,9 @@ class CodedStore:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)  # among it the codec, so that keys are the same
 
-    def get(self, key: str) -> ChunkKV | None:
+    def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
         """The cache under ``key``, coded and decoded."""
-        record = self._store.get(key)
+        record = self._store.get(key, within_s)
         return record and coded(record, self._codec)
 
 

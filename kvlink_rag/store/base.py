@@ -118,8 +118,13 @@ class KVStore(Protocol):
     def codec(self) -> str:
         """What keys and values are written as (:mod:`kvlink_rag.store.codec`)."""
 
-    def get(self, key: str) -> ChunkKV | None:
-        """The cache under ``key``, checksum verified; None if absent or (warned) corrupt."""
+    def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
+        """The cache under ``key``, checksum verified; None if absent or (warned) corrupt.
+
+        Args:
+            within_s: None also when getting it takes longer, or is known to; computing it does not.
+                A store on this machine may leave it unheeded.
+        """
 
     def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
         """Store under its key with the store's codec, wholly or not at all, for ``documents``.

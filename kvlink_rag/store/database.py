@@ -8,6 +8,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,7 @@ class Database:
             path.exists() and not os.access(path, os.W_OK)
         )
         self._lock = threading.RLock()
+        _databases.add(self)
         self._inherited: sqlite3.Connection | None = None
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
@@ -237,6 +239,19 @@ def _execute(tx: sqlite3.Connection, script: str) -> None:
         if sqlite3.complete_statement(statement):  # a trigger has semicolons of its own
             tx.execute(statement)
             statement = ""
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a child process: a lock that a thread held when it was made would stay held."""
+    for database in list(_databases):
+        database._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 @contextmanager

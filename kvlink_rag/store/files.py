@@ -137,19 +137,49 @@ class ChunkFiles:
         Raises:
             OSError: nothing is left behind.
         """
-        place = self.path(record.key_as(codec)).parent
-        _check_no_link(place)
-        for folder in (place, self.writing):
-            if not folder.is_dir():
-                folder.mkdir(mode=0o700, exist_ok=True)
-                sync_folder(self.folder)
-        temporary = self.writing / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+        temporary = self._temporary(record.key_as(codec))
         try:
             return temporary, write_record(temporary, record, codec, self._cipher)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+    def _temporary(self, key: str) -> Path:
+        place = self.path(key).parent
+        _check_no_link(place)
+        for folder in (place, self.writing):
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                sync_folder(self.folder)
+        return self.writing / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+
+    def write_bytes(self, key: str, data: bytes) -> Path:
+        """Write a file of another folder to a temporary file beside its place and sync it.
+
+        Raises:
+            OSError: nothing is left behind.
+        """
+        temporary = self._temporary(key)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            return temporary
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def verified(self, temporary: Path, key: str) -> ChunkKV:
+        """The cache in a temporary file that is to become the one under ``key``.
+
+        Raises:
+            CorruptRecord: the file is damaged or holds another chunk's cache.
+        """
+        return map_record(temporary, key, self._cipher)[0]
 
     def publish(self, temporary: Path, key: str) -> Path:
         """Give a temporary file its name, durably.

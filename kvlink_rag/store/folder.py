@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 from filelock import FileLock
 
@@ -22,7 +23,7 @@ from kvlink_rag.store import budget as room
 from kvlink_rag.store import catalog as sql
 from kvlink_rag.store.base import Budget, StoreCheck, StoreStat, StoreUsage
 from kvlink_rag.store.catalog import Catalog, Entry
-from kvlink_rag.store.check import find, settle
+from kvlink_rag.store.check import Findings, find, settle
 from kvlink_rag.store.codec import check_codec, codec_for
 from kvlink_rag.store.database import explained
 from kvlink_rag.store.encryption import Cipher, EncryptionKey
@@ -38,6 +39,23 @@ TOUCHES = 256
 """Times caches were asked for that are remembered before they are written to the catalog."""
 RELEASE_BATCH = 500
 """Documents released in one transaction, so that other writers get their turn."""
+
+
+class FolderWatcher(Protocol):
+    """Who is told what a folder stores and removes, within the transaction that does it.
+
+    What it notes is noted whenever the folder's change lasts, even through a kill; when it raises,
+    so does the call that made the change. Removals for other reasons (damage) are not told.
+    """
+
+    def stored(self, key: str) -> None:
+        """A cache was put under this key."""
+
+    def released(self, keys: Collection[str]) -> None:
+        """These are about to be removed: their last document was released."""
+
+    def pruned(self, keys: Collection[str]) -> None:
+        """These are about to be removed: they were found without any document."""
 
 
 class FolderStore:
@@ -81,6 +99,7 @@ class FolderStore:
         self._missed = 0
         self._touching = threading.Lock()
         limits = Budget(budget) if isinstance(budget, int) else budget
+        self.watcher: FolderWatcher | None = None
         with explained("open the store", self.path):
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700, parents=True)
@@ -96,10 +115,11 @@ class FolderStore:
         """Whether there is a file under ``key``; its contents are not looked at."""
         return self._files.has(key)
 
-    def get(self, key: str) -> ChunkKV | None:
+    def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
         """The cache under ``key``, checksum verified; None when absent or corrupt.
 
-        A corrupt file is removed with a warning, so that the cache is computed anew.
+        ``within_s`` is not heeded: a disk is fast. A corrupt file is removed with a warning, so
+        that the cache is computed anew.
         """
         file = self._files.path(key)
         try:
@@ -136,9 +156,7 @@ class FolderStore:
                 codec = codec_for(self.codec, record.keys.dtype)
                 temporary, nbytes = self._files.write(record, codec)
                 entry = _entry(record.key_as(codec), record, nbytes)
-                note = self._catalog.write(
-                    lambda tx: self._publish(tx, temporary, entry, documents)
-                )
+                note = self._catalog.write(lambda tx: self._store(tx, temporary, entry, documents))
             with contextlib.suppress(OSError):
                 note.unlink()
         except BaseException:
@@ -146,6 +164,58 @@ class FolderStore:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
             raise
+
+    def adopt(self, key: str, data: bytes, wanted: Callable[[], bool]) -> ChunkKV | None:
+        """Take in a file of another folder with the same codec, verified before it appears.
+
+        Args:
+            data: all of the file.
+            wanted: asked at last, where no other process can release the key; False takes nothing.
+
+        Returns:
+            the cache.
+
+        Raises:
+            CorruptRecord: the file is damaged, or holds another chunk's cache.
+            StoreError: it could not be written; nothing is left behind.
+        """
+        self._check_writable()
+        temporary: Path | None = None
+        note: Path | None = None
+
+        def publish(tx: sqlite3.Connection) -> Path | None:
+            assert temporary is not None
+            if not wanted():
+                return None
+            return self._publish(tx, temporary, _entry(key, record, len(data)), ())
+
+        try:
+            with explained("store a chunk cache in", self.path):
+                temporary = self._files.write_bytes(key, data)
+                record = self._files.verified(temporary, key)
+                note = self._catalog.write(publish)
+                return None if note is None else record
+        finally:
+            for path in (temporary, note):  # under its own name when it was not published
+                if path is not None:
+                    path.unlink(missing_ok=True)
+
+    def file_bytes(self, key: str) -> bytes | None:
+        """The file under ``key`` as it is, for another folder to adopt; None when there is none.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        with explained("read the store", self.path):
+            try:
+                return self._files.path(key).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def keys(self) -> set[str]:
+        """The keys of all entries, from the catalog."""
+        with explained("read the store", self.path):
+            return self._catalog.read(sql.keys)
 
     def refer(self, references: Iterable[tuple[str, str]]) -> None:
         """Let documents refer to entries: pairs ``(document id, key)``; known pairs are ignored.
@@ -331,6 +401,14 @@ class FolderStore:
         files = ChunkFiles(self.path / CHUNKS, settings.cipher(self.path, cipher))
         return settings.codec, files, Catalog(self.path / CATALOG, files.entries)
 
+    def _store(
+        self, tx: sqlite3.Connection, temporary: Path, entry: Entry, documents: Iterable[str]
+    ) -> Path:
+        note = self._publish(tx, temporary, entry, documents)
+        if self.watcher is not None:
+            self.watcher.stored(entry.key)
+        return note
+
     def _publish(
         self, tx: sqlite3.Connection, temporary: Path, entry: Entry, documents: Iterable[str]
     ) -> Path:
@@ -385,6 +463,8 @@ class FolderStore:
         self, tx: sqlite3.Connection, documents: Collection[str], keep: Collection[str]
     ) -> int:
         free = sql.let_go(tx, documents, keep)
+        if free and self.watcher is not None:
+            self.watcher.released(free)
         for key in free:
             # unlinked before the commit: another process' put of this key waits for the lock
             sql.drop(tx, key)
@@ -448,8 +528,15 @@ class FolderStore:
             found = find(self._files, self._catalog, progress)
             if found and not self._catalog.readonly:
                 # from outside, a file that is just being stored looks like an orphan
-                self._catalog.write(lambda tx: settle(tx, found, self._files, remove))
+                self._catalog.write(lambda tx: self._settle(tx, found, remove))
             return found.report(self._files)
+
+    def _settle(self, tx: sqlite3.Connection, found: Findings, remove: bool) -> None:
+        if remove and self.watcher is not None:
+            settle(tx, found, self._files, remove=False)
+            if found.unreferenced:
+                self.watcher.pruned(found.unreferenced)
+        settle(tx, found, self._files, remove)
 
     def _check_writable(self) -> None:
         if self._catalog.readonly:

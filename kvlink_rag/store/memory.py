@@ -31,8 +31,8 @@ class MemoryStore:
         self._misses: Counter[str] = Counter()
         self._lock = threading.RLock()
 
-    def get(self, key: str) -> ChunkKV | None:
-        """The cache under ``key``, or None."""
+    def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
+        """The cache under ``key``, or None; at once."""
         return self._records.get(key)
 
     def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:

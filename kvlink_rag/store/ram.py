@@ -85,8 +85,8 @@ class RamTier:
         """Bytes of the keys and values kept now."""
         return self._nbytes
 
-    def get(self, key: str) -> ChunkKV | None:
-        """The cache under ``key``: from memory, or else what the store below finds."""
+    def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
+        """The cache under ``key``: from memory, or else what the store below finds in time."""
         with self._changed:
             if (record := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
@@ -95,7 +95,7 @@ class RamTier:
             self.misses += 1
             request = self._request(key)
         try:
-            record = self._below.get(key)
+            record = self._below.get(key, within_s)
         finally:
             if request is not None:
                 request.record = record  # None also where the store below has raised

@@ -32,7 +32,7 @@ class Counting(MemoryStore):
         super().__init__()
         self.asked: list[str] = []
 
-    def get(self, key: str) -> Any:
+    def get(self, key: str, within_s: float | None = None) -> Any:
         self.asked.append(key)
         return super().get(key)
 

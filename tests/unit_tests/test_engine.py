@@ -314,7 +314,7 @@ class TestTrust:
         keys = engine.keys(CHUNKS)
         lying = MemoryStore()
         swapped = dict(zip(keys, [*keys[1:], keys[0]], strict=True))
-        lying.get = lambda key: engine.store.get(swapped.get(key, key))  # type: ignore[method-assign]
+        lying.get = lambda key, within_s=None: engine.store.get(swapped.get(key, key))  # type: ignore[method-assign]
         with pytest.warns(KVLinkWarning, match="another model"):
             prefill = engine.with_store(lying).prefill(QUESTION, CHUNKS)
         assert prefill.report.misses == 5

@@ -26,7 +26,7 @@ class Watched(MemoryStore):
         self.go.set()
         self.error: Exception | None = None
 
-    def get(self, key: str) -> ChunkKV | None:
+    def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
         self.asked.append(key)
         assert self.go.wait(30)
         if self.error:
@@ -148,7 +148,7 @@ def test_the_caches_of_a_prompt_are_loaded_side_by_side(engine):
     both = threading.Barrier(2)
     get = engine.store.get
 
-    def meet(key):
+    def meet(key, within_s):
         if key in engine.keys(CHUNKS[:2]):
             both.wait(30)  # breaks where one waits for the other
         return get(key)

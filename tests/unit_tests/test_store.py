@@ -366,11 +366,6 @@ class TestOpenStore:
             assert isinstance(store, KVStore)
             store.close()
 
-    @pytest.mark.parametrize("url", ["s3://bucket/kv", "https://host/kv", "file:///tmp"])
-    def test_urls_are_refused(self, url: str) -> None:
-        with pytest.raises(StoreError, match="only folders"):
-            open_store(url)
-
     @pytest.mark.parametrize("store", ["", 3])
     def test_other_things_are_refused(self, store: object) -> None:
         with pytest.raises(InputError):

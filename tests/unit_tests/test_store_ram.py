@@ -64,7 +64,7 @@ class Asked:
         self.wait: Callable[[], object] = lambda: None
         get = store.get
 
-        def asked(key: str) -> ChunkKV | None:
+        def asked(key: str, within_s: float | None = None) -> ChunkKV | None:
             self.keys.append(key)
             found = get(key)
             self.wait()
@@ -157,7 +157,7 @@ class TestGet:
         self, below: KVStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         record = make_record(1)
-        monkeypatch.setattr(below, "get", lambda key: record)
+        monkeypatch.setattr(below, "get", lambda key, within_s: record)
         assert RamTier(below, 1 << 20).get(record.key) is record
 
     def test_the_copy_has_memory_of_its_own(self, below: KVStore) -> None:
@@ -182,7 +182,7 @@ class TestGet:
         batch = torch.randn(2, 3, 7, 4, requires_grad=True)
         record = ChunkKV((1, 2), (), "m", batch[:, 1:, 2:4], batch.mT[:, 1:, 1:3])
         below = MemoryStore()
-        monkeypatch.setattr(below, "get", lambda key: record)
+        monkeypatch.setattr(below, "get", lambda key, within_s: record)
         tier = RamTier(below, 1 << 20)
         tier.get(record.key)
         tier.flush()
@@ -211,7 +211,7 @@ class TestGet:
         below.put(record)
         tier = RamTier(below, 1 << 20)
 
-        def broken(key: str) -> ChunkKV | None:
+        def broken(key: str, within_s: float | None) -> ChunkKV | None:
             raise StoreError("the disk is gone")
 
         with monkeypatch.context() as patch:
