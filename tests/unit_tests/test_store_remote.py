@@ -431,7 +431,8 @@ class TestTrouble:
         with told() as texts:
             for number in range(2, 8):
                 other.put(make_record(number))
-            assert not other.flush(0.5)
+            wait_until(lambda: "refuses" in other._guard._noticed)
+            assert not other.flush(0.1)
             assert is_right(other.get(record.key), record)
         assert len(texts) == 1
         assert "no space" in texts[0]
@@ -470,7 +471,8 @@ class TestTrouble:
             tier.release(["gone"])
             for record in records[1:]:
                 tier.put(record)
-            tier.flush(0.1)
+            wait_until(lambda: "fails" in tier._guard._noticed)
+            tier.has(ABSENT)
         assert sum("oldest are given up" in text for text in texts) == 1
         waiting = [tier._outbox.operation(record.key) for record in records]
         assert waiting == [Operation.DELETE, *[None] * 3, *[Operation.WRITE] * 2]
