@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from kvlink_rag.errors import StoreError
@@ -83,10 +84,13 @@ class Database:
         self._inherited: sqlite3.Connection | None = None
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+        self._derived = fill is not None
+        self._prepare = partial(self._bring_up_to_date, schema, version, fill, upgrades or {})
         try:
             with explained("open", path), _damage(path):
                 self._connection = self._connect()
-                self._prepare(schema, version, fill, upgrades or {})
+                self._prepare()
         except BaseException:
             self.close()
             raise
@@ -152,13 +156,36 @@ class Database:
             # SQLite connections do not survive a fork; closing the parent's here is not safe either
             self._inherited, self._connection = self._connection, self._connect()
             self._pid = os.getpid()
+        elif self._file != self._found():
+            # its disk was mounted anew, or its folder restored: the old file is nobody's any more
+            self._connection.close()
+            self._connection = self._connect()
+            self._prepare()
         return self._connection
 
+    def _found(self) -> tuple[int, int] | None:
+        """What identifies the file at the path now; None when it is gone and can be made anew.
+
+        Raises:
+            FileNotFoundError: it is gone.
+        """
+        try:
+            stat = self.path.stat()
+            return stat.st_dev, stat.st_ino
+        except FileNotFoundError:
+            if self._derived and self.path.parent.is_dir():
+                return None
+            raise
+
     def _connect(self) -> sqlite3.Connection:
-        if self.readonly:
-            return self._connect_readonly()
-        # made here for its mode, which SQLite hands down to the WAL
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        if not self.readonly:
+            # made here for its mode, which SQLite hands down to the WAL
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        stat = self.path.stat()
+        self._file = stat.st_dev, stat.st_ino
+        return self._connect_readonly() if self.readonly else self._connect_writable()
+
+    def _connect_writable(self) -> sqlite3.Connection:
         connection = self._open(str(self.path))
         try:
             _switch_to_wal(connection)
@@ -192,7 +219,7 @@ class Database:
         connection.execute("PRAGMA trusted_schema = OFF")
         return connection
 
-    def _prepare(
+    def _bring_up_to_date(
         self,
         schema: str,
         version: int,

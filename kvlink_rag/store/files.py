@@ -148,10 +148,10 @@ class ChunkFiles:
     def _temporary(self, key: str) -> Path:
         place = self.path(key).parent
         _check_no_link(place)
-        for folder in (place, self.writing):
+        for folder in (self.folder, place, self.writing):
             if not folder.is_dir():
                 folder.mkdir(mode=0o700, exist_ok=True)
-                sync_folder(self.folder)
+                sync_folder(folder.parent)
         return self.writing / f".writing-{HOST}-{os.getpid()}-{secrets.token_hex(8)}"
 
     def write_bytes(self, key: str, data: bytes) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from kvlink_rag.chunk import ChunkKV
@@ -355,3 +357,48 @@ def test_an_unreadable_folder_is_left_alone(open_path: Path) -> None:
     out = as_nobody(UNREADABLE, open_path / "kv")
     assert "Permission denied" in out
     assert list((open_path / "kv").iterdir()) == []
+
+
+class TestAFolderThatVanishes:
+    """Its disk is taken away and comes back, with what it had or empty."""
+
+    def test_answers_stay_right_and_it_recovers_by_itself(self, tmp_path: Path) -> None:
+        chunks, path = ["Fact one.", "Fact two."], tmp_path / "kv"
+        expected = tiny.engine().answer("Which?", chunks, max_new_tokens=4).token_ids
+        engine = tiny.engine(store=path)
+        engine.index(chunks, progress=False)
+        for comes_back in (True, False):
+            path.rename(tmp_path / "away")
+            with pytest.warns(KVLinkWarning, match="not kept.*kv.*No such file") as warned:
+                answer = engine.answer("Which?", chunks, max_new_tokens=4)
+            assert len(warned) == 1
+            assert (answer.token_ids, answer.report.misses) == (expected, 2)
+            assert not path.exists()  # whatever is there now may be another disk
+            if comes_back:
+                (tmp_path / "away").rename(path)
+            else:
+                path.mkdir()
+                assert engine.answer("Which?", chunks, max_new_tokens=4).report.misses == 2
+            answer = engine.answer("Which?", chunks, max_new_tokens=4)
+            assert (answer.token_ids, answer.report.hits) == (expected, 2)
+            assert engine.store.verify().clean
+            assert FolderStore(path).stat().entries == engine.store.stat().entries
+        engine.store.close()
+
+    def test_what_is_restored_is_used(self, tmp_path: Path) -> None:
+        store, record, late = FolderStore(tmp_path / "kv"), make_record(1), make_record(2)
+        store.put(record, ["a"])
+        store.stat()
+        shutil.copytree(tmp_path / "kv", tmp_path / "backup")
+        shutil.rmtree(tmp_path / "kv")
+        assert store.get(record.key) is None
+        with pytest.raises(StoreError, match="No such file"):
+            store.put(late)
+        shutil.copytree(tmp_path / "backup", tmp_path / "kv")
+        assert store.get(record.key) is not None
+        store.put(late, ["b"])
+        store.close()
+        again = FolderStore(tmp_path / "kv")
+        assert sorted(again.references()) == [("a", record.key), ("b", late.key)]
+        assert again.verify().clean
+        again.close()
