@@ -18,7 +18,14 @@ from kvlink_rag.index_catalog import CACHES, IndexCatalog, IndexStat
 from kvlink_rag.index_check import Progress
 from kvlink_rag.index_vectors import FLAT_LIMIT, VectorTable
 from kvlink_rag.progress import bar
-from kvlink_rag.store import FolderStore, StoreCheck
+from kvlink_rag.store import (
+    Budget,
+    EncryptionKey,
+    KVStore,
+    Remote,
+    StoreCheck,
+    open_store,
+)
 from kvlink_rag.store.codec import check_codec
 
 if TYPE_CHECKING:
@@ -45,7 +52,7 @@ class KVIndex:
     def __init__(
         self,
         catalog: IndexCatalog,
-        store: FolderStore,
+        store: KVStore,
         engine: KVLinkEngine,
         embeddings: Embeddings,
         flat_limit: int = FLAT_LIMIT,
@@ -65,6 +72,9 @@ class KVIndex:
         *,
         embeddings: Embeddings | None = None,
         codec: str | None = None,
+        budget: Budget | int | None = None,
+        encryption_key: EncryptionKey | None = None,
+        remote: str | Remote | None = None,
     ) -> KVIndex:
         """Open the index in a folder, or begin one.
 
@@ -76,6 +86,11 @@ class KVIndex:
                 ``sentence-transformers/all-MiniLM-L6-v2``.
             codec: what a new index keeps its caches as (:mod:`kvlink_rag.store.codec`); None is
                 ``raw``, or what the index has.
+            budget: most bytes that its caches may take (:class:`kvlink_rag.store.FolderStore`).
+                What is removed to keep it is computed again when it is needed.
+            encryption_key: of its caches (:class:`kvlink_rag.store.FolderStore`). Texts, vectors
+                and ids are not encrypted: keep the folder on an encrypted disk for that.
+            remote: shares its caches with other machines (:func:`kvlink_rag.store.open_store`).
 
         Raises:
             StoreError: the folder cannot be used, is damaged, or a newer version made it.
@@ -88,7 +103,13 @@ class KVIndex:
         catalog = IndexCatalog(folder, create=True)
         try:
             _check_embeddings(catalog, embeddings)
-            store = FolderStore(catalog.folder / CACHES, codec)
+            store = open_store(
+                catalog.folder / CACHES,
+                codec=codec,
+                budget=budget,
+                encryption_key=encryption_key,
+                remote=remote,
+            )
         except BaseException:
             catalog.close()
             raise

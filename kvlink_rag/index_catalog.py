@@ -21,7 +21,7 @@ from filelock import FileLock
 from kvlink_rag.chunk import Chunk
 from kvlink_rag.embeddings import Vectors
 from kvlink_rag.errors import InputError, StoreError
-from kvlink_rag.store import FolderStore, StoreStat
+from kvlink_rag.store import KVStore, StoreStat
 from kvlink_rag.store.database import Database, explained
 
 FILE = "index.sqlite"
@@ -166,7 +166,7 @@ class IndexCatalog:
         with self.writing() as tx:
             tx.execute("DELETE FROM sources WHERE path = ?", (path,))
 
-    def finish_releases(self, store: FolderStore) -> None:
+    def finish_releases(self, store: KVStore) -> None:
         """Release the caches of removed and replaced chunks. Call it as the only writer.
 
         What is to be released is committed with the rows, so that a killed process' releases are

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvlink_rag import index_catalog as sql
 from kvlink_rag.index_catalog import CACHES, FILE, SNAPSHOTS, IndexCatalog, IndexStat
-from kvlink_rag.store import FolderStore, StoreCheck
+from kvlink_rag.store import FolderStore, KVStore, StoreCheck
 
 Progress = Callable[[int, int], None]
 
@@ -56,7 +56,7 @@ def stat_index(folder: str | os.PathLike[str]) -> IndexStat:
         return stat(catalog, store)
 
 
-def verify(catalog: IndexCatalog, store: FolderStore, progress: Progress | None) -> StoreCheck:
+def verify(catalog: IndexCatalog, store: KVStore, progress: Progress | None) -> StoreCheck:
     """:func:`verify_index` of an open index."""
     check = store.verify(progress)
     check.corrupt = _damaged_rows(catalog) + check.corrupt
@@ -65,7 +65,7 @@ def verify(catalog: IndexCatalog, store: FolderStore, progress: Progress | None)
     return check
 
 
-def prune(catalog: IndexCatalog, store: FolderStore, progress: Progress | None) -> StoreCheck:
+def prune(catalog: IndexCatalog, store: KVStore, progress: Progress | None) -> StoreCheck:
     """:func:`prune_index` of an open index."""
     with catalog.only_writer():
         catalog.finish_releases(store)
@@ -78,7 +78,7 @@ def prune(catalog: IndexCatalog, store: FolderStore, progress: Progress | None) 
     return check
 
 
-def stat(catalog: IndexCatalog, store: FolderStore) -> IndexStat:
+def stat(catalog: IndexCatalog, store: KVStore) -> IndexStat:
     """:func:`stat_index` of an open index."""
     files = [*catalog.folder.glob(f"{FILE}*"), *catalog.folder.glob(SNAPSHOTS)]
     return IndexStat(
@@ -115,7 +115,7 @@ def _damaged_rows(catalog: IndexCatalog) -> list[str]:
     return [f"{catalog.path}: vector of chunk {row[0]!r}" for row in rows]
 
 
-def _stray_keys(catalog: IndexCatalog, store: FolderStore) -> set[str]:
+def _stray_keys(catalog: IndexCatalog, store: KVStore) -> set[str]:
     """Stored keys that documents refer to, but none that is a chunk of the index and keeps them."""
     references = store.references()  # read first: caches are stored before their rows
     with catalog.reading() as tx:

@@ -91,6 +91,10 @@ def index(
             "Default: as before, or now.",
         ),
     ] = None,
+    encrypt: Annotated[
+        bool,
+        typer.Option("--encrypt", help="Of a new index: caches, with the key in KVLINK_STORE_KEY."),
+    ] = False,
 ) -> None:
     """Bring an index up to date: index what changed, remove what vanished."""
     prepare()
@@ -116,7 +120,7 @@ def index(
         _list_skipped(plan.skipped)
         raise InputError(f"nothing to index: no text, Markdown or PDF in {', '.join(paths)}")
     after = int(known.get("cache_after", 0)) if cache_after is None else cache_after
-    summary = _update(out, plan, splitting, codec, after)
+    summary = _update(out, plan, splitting, codec, after, encrypt)
     _list_summary(out, summary)
 
 
@@ -148,7 +152,12 @@ def _absolute(name: str) -> str:
 
 
 def _update(
-    out: Path, plan: Plan, splitting: Splitting, codec: str | None, cache_after: int
+    out: Path,
+    plan: Plan,
+    splitting: Splitting,
+    codec: str | None,
+    cache_after: int,
+    encrypt: bool,
 ) -> Summary:
     """Carry a plan out; the model is loaded only when there is something to do."""
     from kvlink_rag.index_catalog import IndexCatalog
@@ -164,9 +173,11 @@ def _update(
         catalog.close()
         return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped)
     from kvlink_rag.index import KVIndex
+    from kvlink_rag.store import env_key
 
+    key = env_key if encrypt else None
     engine = load_engine(splitting.model, splitting.adapter, cache_after)
-    with KVIndex.open(out, engine, codec=codec) as opened:
+    with KVIndex.open(out, engine, codec=codec, encryption_key=key) as opened:
         settings = {"chunk_tokens": str(splitting.tokens), "overlap": str(splitting.overlap)}
         opened.catalog.set_meta(settings | chosen | {"model": splitting.model})
         return carry_out(plan, opened, splitting)

@@ -94,6 +94,21 @@ def import_archive(
 
 
 @store_app.command()
+def migrate(
+    folder: Folder,
+    codec: Annotated[str, typer.Option(help="bf16, fp8, int8 or int4.")],
+) -> None:
+    """Write the caches of a raw store with another codec, in place; killed, run it again."""
+    from kvlink_rag.store.migrate import migrate as run
+
+    with _caches(folder) as store:
+        path, before = store.path, store.stat()
+    with progress_bar("Migrating") as progress:
+        after = run(path, codec, progress=progress)
+    typer.echo(f"{after.entries} caches: {size_text(before.nbytes)} -> {size_text(after.nbytes)}")
+
+
+@store_app.command()
 def budget(
     folder: Folder,
     size: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -160,10 +160,14 @@ class KVStore(Protocol):
     def stat(self) -> StoreStat:
         """Counts and sizes, from the catalog."""
 
-    def verify(self) -> StoreCheck:
-        """Check everything that is stored; changes nothing."""
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> StoreCheck:
+        """Check everything that is stored; changes nothing.
 
-    def prune(self) -> StoreCheck:
+        Args:
+            progress: called with (entries checked, entries in all), where it takes long.
+        """
+
+    def prune(self, progress: Callable[[int, int], None] | None = None) -> StoreCheck:
         """Remove what ``verify`` reports: corrupt, orphaned, missing and unreferenced entries."""
 
     def close(self) -> None:

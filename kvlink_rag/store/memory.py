@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 import torch
@@ -115,13 +115,13 @@ class MemoryStore:
                 unreferenced=len(self._records.keys() - self._documents.keys()),
             )
 
-    def verify(self) -> StoreCheck:
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> StoreCheck:
         """Entries without a document; memory has no other faults."""
         with self._lock:
             unreferenced = sorted(self._records.keys() - self._documents.keys())
             return StoreCheck(checked=len(self._records), unreferenced=unreferenced)
 
-    def prune(self) -> StoreCheck:
+    def prune(self, progress: Callable[[int, int], None] | None = None) -> StoreCheck:
         """Remove the entries without a document."""
         with self._lock:
             check = self.verify()

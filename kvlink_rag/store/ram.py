@@ -147,13 +147,13 @@ class RamTier:
         return self._below.stat()
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> StoreCheck:
-        """Check the store below; ``progress`` is for one that takes it, such as a folder."""
-        return self._below.verify(*(() if progress is None else (progress,)))
+        """Check the store below."""
+        return self._below.verify(progress)
 
     def prune(self, progress: Callable[[int, int], None] | None = None) -> StoreCheck:
         """Remove from the store below what ``verify`` reports, and from memory."""
         try:
-            return self._below.prune(*(() if progress is None else (progress,)))
+            return self._below.prune(progress)
         finally:
             self._forget_removed()
 

@@ -435,6 +435,36 @@ def test_budget_and_pins(shell: Shell) -> None:
     store.close()
 
 
+def test_a_store_is_migrated(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    assert " -> " in shell.run("store", "migrate", shell.out, "--codec", "int8").stdout
+    assert "codec int8" in shell.run("store", "stat", shell.out).stdout
+    answer = shell.run("ask", shell.out, "apples?", "-k", "1", "--max-new-tokens", "2")
+    assert "1 hits, 0 misses" in answer.stdout
+    assert "clean" in shell.run("store", "verify", shell.out).stdout
+    result = shell.run("store", "migrate", shell.out, "--codec", "int4", code=1)
+    assert "index again" in result.stderr
+
+
+def test_an_index_with_encrypted_caches(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    assert "KVLINK_STORE_KEY" in shell.index("--encrypt", code=1).stderr
+    monkeypatch.setenv("KVLINK_STORE_KEY", "5e" * 32)
+    shell.index("--encrypt")
+    answer = shell.run("ask", shell.out, "apples?", "-k", "1", "--max-new-tokens", "2")
+    assert "1 hits, 0 misses" in answer.stdout
+    assert "clean" in shell.run("store", "verify", shell.out).stdout
+    files = [path for path in (shell.out / "kv" / "chunks").rglob("*") if path.is_file()]
+    assert files
+    assert all(path.suffix == ".sealed" for path in files)
+    archive = shell.out.parent / "index.tar"
+    shell.run("store", "export", shell.out, archive)
+    shell.run("store", "import", archive, shell.out.parent / "there")
+    monkeypatch.setenv("KVLINK_STORE_KEY", "00" * 32)
+    assert "key" in shell.run("store", "verify", shell.out, code=1).stderr
+
+
 def test_an_archive_is_imported(shell: Shell) -> None:
     shell.write("a.txt", paragraphs("apple"))
     shell.index()

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from kvlink_rag.chunk import Chunk, ChunkKV, ScoredChunk, as_chunks
@@ -438,3 +439,34 @@ class TestMaintenance:
         assert catalog.meta("x") is None
         catalog.set_meta({"x": "é"})
         assert catalog.meta("x") == "é"
+
+
+def test_an_index_with_all_that_a_store_can_have(tmp_path: Path) -> None:
+    """Encrypted caches on a budget, shared through a remote with an index elsewhere."""
+    chunks = [Chunk(f"Fact {i} is {i * i}.", id=f"id-{i}") for i in range(6)]
+    key, remote = b"k" * 32, (tmp_path / "remote").as_uri()
+    settings = {"codec": "int8", "encryption_key": key, "remote": remote}
+
+    def opened(name: str, **more: Any) -> KVIndex:
+        embeddings = FakeEmbeddings()
+        return KVIndex.open(
+            tmp_path / name, tiny.engine(), embeddings=embeddings, **settings, **more
+        )
+
+    with opened("here") as here:
+        here.add(chunks, progress=False)
+        assert cast(Any, here.store).flush(30)
+        one = here.stat().caches.nbytes // len(chunks)
+    with opened("there", budget=3 * one) as there:
+        there.add(chunks, progress=False)  # nothing is computed: the remote has all of it
+        assert there.stat().caches.entries <= 3
+        report = there.ask("Fact 1", k=2, max_new_tokens=1).report
+        assert (report.hits, report.misses) == (2, 0)
+        assert there.stat().caches.nbytes <= 3 * one
+        assert there.verify().clean
+        assert there.delete(["id-1"]) == 1
+        assert cast(Any, there.store).flush(30)
+    left = [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
+    assert all(b"dtype" not in path.read_bytes() for path in left)
+    with pytest.raises(InputError, match="KVLINK_STORE_KEY"):
+        KVIndex.open(tmp_path / "here", tiny.engine(), embeddings=FakeEmbeddings())
