@@ -30,7 +30,7 @@ from kvlink_rag.prompt import (
     EncodeBehind,
     PromptTemplate,
 )
-from kvlink_rag.report import IndexReport, Stopwatch
+from kvlink_rag.report import IndexReport, Observers, Stopwatch
 from kvlink_rag.store import KVStore, open_store
 
 
@@ -52,6 +52,11 @@ class KVLinkEngine(Prefiller):
         stop_ids: tokens that end an answer.
         in_place: whether `reuse` and `link` attend to chunk caches where they lie, instead of
             copying them into one; on where model and device allow it.
+        observers: called with each answer's :class:`~kvlink_rag.report.Report` and each indexing
+            run's :class:`~kvlink_rag.report.IndexReport` once it is complete, in the thread that
+            completed it; an answer that fails, or whose reader leaves, is not reported. Append to
+            it, or use :mod:`kvlink_rag.metrics` and :mod:`kvlink_rag.tracing`. Twins
+            (:meth:`with_store`, :meth:`with_adapter`) share it.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class KVLinkEngine(Prefiller):
         self.recompute_tokens = recompute_tokens
         self.recompute_by = _check_recompute_by(recompute_by)
         self.stop_ids = stop_ids(model, tokenizer)
+        self.observers = Observers()
 
     @classmethod
     def from_pretrained(
@@ -212,6 +218,7 @@ class KVLinkEngine(Prefiller):
                 fidelity_limit=self._monitor.limit,
             )
         twin._model_lock, twin._scratch = self._model_lock, self._scratch
+        twin.observers = self.observers
         return twin
 
     # Indexing
@@ -238,14 +245,17 @@ class KVLinkEngine(Prefiller):
         known = [(owner, key) for key in texts if key not in missing for owner in owners[key]]
         self.store.refer(known)
         nbytes = self._encode_and_store(missing, owners, progress)
-        return IndexReport(
+        report = IndexReport(
             chunks=len(given),
             hits=sum(len(owners[key]) for key in texts if key not in missing),
             misses=len(missing),
             tokens=sum(map(len, missing.values())),
             nbytes=nbytes,
             total_s=watch.total(),
+            started=watch.started,
         )
+        self.observers.tell(report)
+        return report
 
     def _encode_and_store(
         self, missing: dict[str, list[int]], owners: dict[str, list[str]], progress: bool
@@ -314,6 +324,7 @@ class KVLinkEngine(Prefiller):
         )
         prefill, computed = self._prefill(request, 0, Stopwatch())
         self._keep(computed)
+        self.observers.tell(prefill.report)
         return prefill
 
     def _request(
