@@ -32,6 +32,7 @@ FLOORS = [
     {"prefiller"},
     {"engine"},
     {"index_catalog", "index_vectors", "index_check", "index"},
+    {"metrics", "tracing"},
     {"evaluation", "training", "documents", "ingest", "bench", "demo"},
     {"cli", "__main__"},
 ]
