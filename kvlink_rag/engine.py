@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlink_rag.adapter import Adapter, load_adapter, shipped_adapters
 from kvlink_rag.answer import Answer, AnswerStream, Request
 from kvlink_rag.batch import answer_together
+from kvlink_rag.calibration import AUTO, resolve_codec
 from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks
 from kvlink_rag.conversation import Message, as_messages
 from kvlink_rag.errors import AdapterRequiredError, InputError
@@ -31,7 +32,7 @@ from kvlink_rag.prompt import (
     PromptTemplate,
 )
 from kvlink_rag.report import IndexReport, Observers, Stopwatch
-from kvlink_rag.store import KVStore, open_store
+from kvlink_rag.store import KVStore, MemoryStore, open_store
 
 
 class KVLinkEngine(Prefiller):
@@ -125,7 +126,9 @@ class KVLinkEngine(Prefiller):
                 reading and verifying it.
             codec: what a folder keeps keys and values as: `raw`, `bf16`, `fp8`, `int8` or `int4`;
                 fixed when the folder is made, and part of a cache's identity. None takes the
-                folder's, `raw` for a new one.
+                folder's, `raw` for a new one; `auto` does, too, but measures for a new one which
+                is the smallest that hardly changes answers
+                (:func:`kvlink_rag.calibration.choose_codec`).
             strategy: the default for every answer: `reuse`, `recompute`, `full`, or with an adapter
                 `link`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
@@ -159,11 +162,11 @@ class KVLinkEngine(Prefiller):
         trained = None if adapter is None else load_adapter(adapter)
         _check_strategy(strategy, trained)
         loaded, tokenizer, name = load(model, device, dtype)
-        return cls(
+        engine = cls(
             loaded,
             tokenizer,
             name=name,
-            store=open_store(store, ram_bytes, codec),
+            store=MemoryStore() if codec == AUTO else open_store(store, ram_bytes, codec),
             strategy=strategy,
             adapter=trained,
             merge_adapter=merge_adapter,
@@ -174,14 +177,20 @@ class KVLinkEngine(Prefiller):
             fidelity_rate=fidelity_rate,
             fidelity_limit=fidelity_limit,
         )
+        if codec == AUTO:  # the engine measures which it is
+            engine.store = open_store(store, ram_bytes, resolve_codec(codec, store, engine))
+        return engine
 
-    def with_store(self, store: str | Path | KVStore | None) -> KVLinkEngine:
+    def with_store(
+        self, store: str | Path | KVStore | None, *, codec: str | None = None
+    ) -> KVLinkEngine:
         """A twin that shares the model and keeps its caches in another store.
 
-        Answers of both count in the same :attr:`fidelity_stats`.
+        Answers of both count in the same :attr:`fidelity_stats`. ``codec`` is as in
+        :meth:`from_pretrained`.
         """
         twin = copy.copy(self)
-        twin.store = open_store(store)
+        twin.store = open_store(store, codec=resolve_codec(codec, store, self))
         twin._prefetcher = Prefetcher(twin._wanted, twin._load_one)
         return twin
 

@@ -7,7 +7,7 @@ import re
 
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.store.base import KVStore, StoreCheck, StoreStat
-from kvlink_rag.store.folder import FolderStore
+from kvlink_rag.store.folder import FolderStore, is_store
 from kvlink_rag.store.memory import MemoryStore
 from kvlink_rag.store.ram import RamTier
 
@@ -18,6 +18,7 @@ __all__ = [
     "RamTier",
     "StoreCheck",
     "StoreStat",
+    "is_store",
     "open_store",
 ]
 

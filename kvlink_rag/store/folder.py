@@ -313,3 +313,14 @@ class FolderStore:
 
 def _entry(key: str, record: ChunkKV, nbytes: int = 0) -> Entry:
     return Entry(key, len(record.token_ids), nbytes, record.fingerprint, time.time())
+
+
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder was made a store before, so that its codec is fixed.
+
+    Raises:
+        StoreError: it cannot be looked at.
+    """
+    folder = Path(path).expanduser()
+    with explained("open the store", folder):
+        return any((folder / name).exists() for name in ("catalog.sqlite", "store.json", "chunks"))
