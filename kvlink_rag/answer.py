@@ -133,6 +133,7 @@ class AnswerStream:
             report.fidelity, _ = engine._compare(self._request, prefill, 0)
             engine._monitor.count(report.fidelity, fell_back=False)
             report.after_s = watch.total() - report.total_s
+        engine.observers.tell(report)
 
     def _check(self, prefill: Prefill, watch: Stopwatch) -> Prefill:
         """What the answer goes on from: full prefill where the strategy is too far from it."""

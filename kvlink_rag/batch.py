@@ -63,7 +63,7 @@ def answer_together(
     """
     watch = Stopwatch()
     prompts = [engine._prompt(request, settings.max_new_tokens) for request in requests]
-    times = Report(requests[0].strategy)
+    times = Report(requests[0].strategy, started=watch.started)
     times.tokenize_s = watch.lap()
     found = engine._load(wanted for prompt in prompts for wanted in prompt.wanted)
     times.load_s = watch.lap()
@@ -91,6 +91,7 @@ def answer_together(
     _decode(engine, contexts, watch)
     for row in rows:
         row.report.add_times(times)
+        engine.observers.tell(row.report)
     return [row.answer() for row in rows]
 
 

@@ -12,8 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from kvlink_rag.documents import MARKDOWN, find_files
-from kvlink_rag.errors import InputError
+from kvlink_rag.corpus import corpus_files as corpus_files
 
 if TYPE_CHECKING:
     from kvlink_rag.answer import Answer
@@ -83,16 +82,6 @@ def run(folder: Path | None = None) -> None:
             results.append(result)
             console.print(_show(number, result))
     console.print(_summary(results))
-
-
-def corpus_files() -> list[Path]:
-    """The articles: in the repository's ``examples/corpus``, or inside the installed package."""
-    here = Path(__file__).resolve().parent
-    for folder in (here.parent / "examples" / "corpus", here / "_corpus"):
-        if folder.is_dir():
-            files = [f for f in find_files([folder]) if f.suffix in MARKDOWN]
-            return [file for file in files if file.name != "ATTRIBUTION.md"]
-    raise InputError(f"the demo's articles are missing beside {here}: reinstall kvlink-rag")
 
 
 def update(index: KVIndex) -> None:

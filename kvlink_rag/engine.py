@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlink_rag.adapter import Adapter, load_adapter, shipped_adapters
 from kvlink_rag.answer import Answer, AnswerStream, Request
 from kvlink_rag.batch import answer_together
+from kvlink_rag.calibration import AUTO, resolve_codec
 from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks
 from kvlink_rag.conversation import Message, as_messages
 from kvlink_rag.errors import AdapterRequiredError, InputError
@@ -30,8 +32,8 @@ from kvlink_rag.prompt import (
     EncodeBehind,
     PromptTemplate,
 )
-from kvlink_rag.report import IndexReport, Stopwatch
-from kvlink_rag.store import Budget, EncryptionKey, KVStore, Remote, open_store
+from kvlink_rag.report import IndexReport, Observers, Stopwatch
+from kvlink_rag.store import Budget, EncryptionKey, KVStore, MemoryStore, Remote, open_store
 
 
 class KVLinkEngine(Prefiller):
@@ -52,6 +54,11 @@ class KVLinkEngine(Prefiller):
         stop_ids: tokens that end an answer.
         in_place: whether `reuse` and `link` attend to chunk caches where they lie, instead of
             copying them into one; on where model and device allow it.
+        observers: called with each answer's :class:`~kvlink_rag.report.Report` and each indexing
+            run's :class:`~kvlink_rag.report.IndexReport` once it is complete, in the thread that
+            completed it; an answer that fails, or whose reader leaves, is not reported. Append to
+            it, or use :mod:`kvlink_rag.metrics` and :mod:`kvlink_rag.tracing`. Twins
+            (:meth:`with_store`, :meth:`with_adapter`) share it.
     """
 
     def __init__(
@@ -90,6 +97,7 @@ class KVLinkEngine(Prefiller):
         self.recompute_tokens = recompute_tokens
         self.recompute_by = _check_recompute_by(recompute_by)
         self.stop_ids = stop_ids(model, tokenizer)
+        self.observers = Observers()
 
     @classmethod
     def from_pretrained(
@@ -126,7 +134,9 @@ class KVLinkEngine(Prefiller):
                 reading and verifying it.
             codec: what a folder keeps keys and values as: `raw`, `bf16`, `fp8`, `int8` or `int4`;
                 fixed when the folder is made, and part of a cache's identity. None takes the
-                folder's, `raw` for a new one.
+                folder's, `raw` for a new one; `auto` does, too, but measures for a new one which
+                is the smallest that hardly changes answers
+                (:func:`kvlink_rag.calibration.choose_codec`).
             budget: most bytes that the folder may hold, or a :class:`kvlink_rag.store.Budget` with
                 limits for documents and namespaces; what is worth least makes room. None leaves
                 the folder's as it is, a new one without limit.
@@ -172,18 +182,19 @@ class KVLinkEngine(Prefiller):
         trained = None if adapter is None else load_adapter(adapter)
         _check_strategy(strategy, trained)
         loaded, tokenizer, name = load(model, device, dtype)
-        return cls(
+        opened = partial(
+            open_store,
+            store,
+            ram_bytes,
+            budget=budget,
+            encryption_key=encryption_key,
+            remote=remote,
+        )
+        engine = cls(
             loaded,
             tokenizer,
             name=name,
-            store=open_store(
-                store,
-                ram_bytes,
-                codec,
-                budget=budget,
-                encryption_key=encryption_key,
-                remote=remote,
-            ),
+            store=MemoryStore() if codec == AUTO else opened(codec=codec),
             strategy=strategy,
             adapter=trained,
             merge_adapter=merge_adapter,
@@ -195,14 +206,20 @@ class KVLinkEngine(Prefiller):
             fidelity_rate=fidelity_rate,
             fidelity_limit=fidelity_limit,
         )
+        if codec == AUTO:  # the engine measures which it is
+            engine.store = opened(codec=resolve_codec(codec, store, engine))
+        return engine
 
-    def with_store(self, store: str | Path | KVStore | None) -> KVLinkEngine:
+    def with_store(
+        self, store: str | Path | KVStore | None, *, codec: str | None = None
+    ) -> KVLinkEngine:
         """A twin that shares the model and keeps its caches in another store.
 
-        Answers of both count in the same :attr:`fidelity_stats`.
+        Answers of both count in the same :attr:`fidelity_stats`. ``codec`` is as in
+        :meth:`from_pretrained`.
         """
         twin = copy.copy(self)
-        twin.store = open_store(store)
+        twin.store = open_store(store, codec=resolve_codec(codec, store, self))
         twin._prefetcher = Prefetcher(twin._wanted, twin._load_one)
         return twin
 
@@ -240,6 +257,7 @@ class KVLinkEngine(Prefiller):
                 fidelity_limit=self._monitor.limit,
             )
         twin._model_lock, twin._scratch = self._model_lock, self._scratch
+        twin.observers = self.observers
         return twin
 
     # Indexing
@@ -269,7 +287,7 @@ class KVLinkEngine(Prefiller):
         known = [(owner, key) for key in texts if key not in missing for owner in owners[key]]
         self.store.refer(known)
         nbytes = self._encode_and_store(missing, owners, progress)
-        return IndexReport(
+        report = IndexReport(
             chunks=len(given),
             hits=sum(len(owners[key]) for key in texts if key not in missing and key not in later),
             misses=len(missing),
@@ -277,7 +295,10 @@ class KVLinkEngine(Prefiller):
             tokens=sum(map(len, missing.values())),
             nbytes=nbytes,
             total_s=watch.total(),
+            started=watch.started,
         )
+        self.observers.tell(report)
+        return report
 
     def _encode_and_store(
         self, missing: dict[str, list[int]], owners: dict[str, list[str]], progress: bool
@@ -346,6 +367,7 @@ class KVLinkEngine(Prefiller):
         )
         prefill, computed = self._prefill(request, 0, Stopwatch())
         self._keep(computed)
+        self.observers.tell(prefill.report)
         return prefill
 
     def _request(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvlink_rag import index_catalog as sql
 from kvlink_rag import index_check
+from kvlink_rag.calibration import AUTO, resolve_codec
 from kvlink_rag.chunk import Chunk, ScoredChunk, as_chunks
 from kvlink_rag.embeddings import Embeddings, SentenceEmbeddings, Vectors, embed, embedding_name
 from kvlink_rag.errors import IndexMismatchError, InputError, StoreError
@@ -85,7 +86,8 @@ class KVIndex:
             embeddings: texts to vectors ``[texts, dim]``; None takes
                 ``sentence-transformers/all-MiniLM-L6-v2``.
             codec: what a new index keeps its caches as (:mod:`kvlink_rag.store.codec`); None is
-                ``raw``, or what the index has.
+                ``raw``, or what the index has; ``auto`` measures for a new one which does
+                (:func:`kvlink_rag.calibration.choose_codec`).
             budget: most bytes that its caches may take (:class:`kvlink_rag.store.FolderStore`).
                 What is removed to keep it is computed again when it is needed.
             encryption_key: of its caches (:class:`kvlink_rag.store.FolderStore`). Texts, vectors
@@ -97,7 +99,7 @@ class KVIndex:
             IndexMismatchError: the index was made with other embeddings.
             InputError: the embeddings return no vectors, or the index has another codec.
         """
-        if codec is not None:
+        if codec is not None and codec != AUTO:
             check_codec(codec)
         embeddings = SentenceEmbeddings() if embeddings is None else embeddings
         catalog = IndexCatalog(folder, create=True)
@@ -105,7 +107,7 @@ class KVIndex:
             _check_embeddings(catalog, embeddings)
             store = open_store(
                 catalog.folder / CACHES,
-                codec=codec,
+                codec=resolve_codec(codec, catalog.folder / CACHES, engine),
                 budget=budget,
                 encryption_key=encryption_key,
                 remote=remote,

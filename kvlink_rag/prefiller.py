@@ -147,7 +147,7 @@ class Prefiller:
         self, request: Request, new_tokens: int, watch: Stopwatch
     ) -> tuple[Prefill, list[Computed]]:
         """The prefill and the records it had to compute (not yet stored)."""
-        report = Report(request.strategy)
+        report = Report(request.strategy, started=watch.started)
         prompt = self._prompt(request, new_tokens)
         report.context_tokens = len(prompt.token_ids)
         report.tokenize_s = watch.lap()

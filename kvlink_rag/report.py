@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvlink_rag.errors import KVLinkWarning
 from kvlink_rag.fidelity import Fidelity
 
 PARTS = (
@@ -47,6 +50,7 @@ class Report:
             prefill that a checked answer is compared with. The stream ends that much later.
         fidelity: of the strategy to full prefill, when the answer was checked.
         fell_back: whether it was above the fidelity limit, and the answer is that of full prefill.
+        started: Unix time of the call.
     """
 
     strategy: str
@@ -69,10 +73,11 @@ class Report:
     after_s: float = 0.0
     fidelity: Fidelity | None = None
     fell_back: bool = False
+    started: float = 0.0
 
     def add_times(self, other: Report) -> None:
-        """Take over the parts of the time to the first token from an answer made together."""
-        for name in (*PARTS, "ttft_s"):
+        """Take over start and time to the first token, in parts, from an answer made together."""
+        for name in (*PARTS, "ttft_s", "started"):
             setattr(self, name, getattr(other, name))
 
     @property
@@ -93,6 +98,7 @@ class IndexReport:
         tokens: tokens encoded now.
         nbytes: bytes of keys and values written now.
         total_s: wall seconds.
+        started: Unix time of the call.
     """
 
     chunks: int = 0
@@ -102,12 +108,45 @@ class IndexReport:
     tokens: int = 0
     nbytes: int = 0
     total_s: float = 0.0
+    started: float = 0.0
+
+
+Observer = Callable[[Report | IndexReport], None]
+"""Called with the report of each answer, prefill and indexing run, once it is complete."""
+
+
+class Observers(list[Observer]):
+    """Who is told of finished work. One that raises costs no answer: a warning says so once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._failed: list[Observer] = []
+
+    def tell(self, report: Report | IndexReport) -> None:
+        """Call each with a report, in this thread."""
+        for observer in tuple(self):
+            try:
+                observer(report)
+            # whatever it raises: the answer is there, and whoever asked for it is to get it
+            except Exception as error:
+                self._complain(observer, error)
+
+    def _complain(self, observer: Observer, error: Exception) -> None:
+        if observer not in self._failed:
+            self._failed.append(observer)
+            warnings.warn(
+                f"the observer {observer!r} failed, which is said once: "
+                f"{type(error).__name__}: {error}; mend it or remove it from engine.observers",
+                KVLinkWarning,
+                stacklevel=4,
+            )
 
 
 class Stopwatch:
     """Splits wall time into parts that add up: each lap ends where the next begins."""
 
     def __init__(self) -> None:
+        self.started = time.time()
         self.start = self._last = time.perf_counter()
 
     def lap(self) -> float:

@@ -81,7 +81,10 @@ def index(
     ] = None,
     codec: Annotated[
         str | None,
-        typer.Option(help="Of a new index: raw, bf16, fp8, int8 or int4. Default: raw."),
+        typer.Option(
+            help="Of a new index: raw, bf16, fp8, int8, int4, or auto: the smallest that hardly "
+            "changes answers. Default: raw."
+        ),
     ] = None,
     cache_after: Annotated[
         int | None,
@@ -103,7 +106,7 @@ def index(
     from kvlink_rag.ingest import make_plan
     from kvlink_rag.store.codec import check_codec
 
-    if codec is not None:
+    if codec is not None and codec != "auto":
         check_codec(codec)
     known: dict[str, str] = {}
     recorded: dict[str, str] = {}
@@ -166,7 +169,7 @@ def _update(
     # another one of these for the same caches; all else of a plan's settings means work to do
     chosen = {"adapter": splitting.adapter, "cache_after": str(cache_after)}
     if plan.nothing_to_do:
-        settle(out, codec)
+        settle(out, None if codec == "auto" else codec)
         catalog = IndexCatalog(out)
         if any((catalog.meta(name) or "") != value for name, value in chosen.items()):
             catalog.set_meta(chosen)

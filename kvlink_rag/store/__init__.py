@@ -11,7 +11,7 @@ from kvlink_rag.errors import InputError
 from kvlink_rag.models import cache_dir
 from kvlink_rag.store.base import Budget, KVStore, StoreCheck, StoreStat, StoreUsage
 from kvlink_rag.store.encryption import EncryptionKey, env_key
-from kvlink_rag.store.folder import FolderStore
+from kvlink_rag.store.folder import FolderStore, is_store
 from kvlink_rag.store.memory import MemoryStore
 from kvlink_rag.store.ram import RamTier
 from kvlink_rag.store.remote import (
@@ -42,6 +42,7 @@ __all__ = [
     "StoreStat",
     "StoreUsage",
     "env_key",
+    "is_store",
     "open_store",
 ]
 

@@ -384,8 +384,7 @@ class FolderStore:
         if (self.path / CATALOG).exists() or not os.access(self.path, os.W_OK):
             return self._known(wanted, cipher)
         with FileLock(self.path / "store.lock", mode=0o600):
-            made = [self.path / name for name in (CATALOG, CHUNKS, STORE_JSON)]
-            if not any(path.exists() for path in made) and (wanted not in (None, RAW) or cipher):
+            if not is_store(self.path) and (wanted not in (None, RAW) or cipher):
                 Settings.made(wanted or RAW, cipher).write(self.path)
             # before the catalog: a folder that has one has its settings
             return self._known(wanted, cipher)
@@ -551,3 +550,14 @@ class FolderStore:
 
 def _entry(key: str, record: ChunkKV, nbytes: int = 0) -> Entry:
     return Entry(key, len(record.token_ids), nbytes, record.fingerprint, time.time())
+
+
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder was made a store before, so that its codec is fixed.
+
+    Raises:
+        StoreError: it cannot be looked at.
+    """
+    folder = Path(path).expanduser()
+    with explained("open the store", folder):
+        return any((folder / name).exists() for name in (CATALOG, STORE_JSON, CHUNKS))

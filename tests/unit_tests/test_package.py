@@ -15,6 +15,7 @@ ROOT = Path(kvlink_rag.__file__).parent
 FLOORS = [
     {
         "errors",
+        "corpus",
         "chunk",
         "rope",
         "fidelity",
@@ -30,8 +31,9 @@ FLOORS = [
     {"adapter", "presets", "encode", "forward", "in_place", "relevance", "prefill", "load"},
     {"embeddings", "answer", "batch"},
     {"prefiller"},
-    {"engine"},
+    {"engine", "calibration", "trial"},
     {"index_catalog", "index_vectors", "index_check", "index"},
+    {"metrics", "tracing"},
     {"evaluation", "training", "documents", "ingest", "bench", "demo", "archive"},
     {"cli", "__main__"},
 ]
