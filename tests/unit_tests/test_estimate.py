@@ -50,7 +50,7 @@ def test_bytes_are_those_that_indexing_then_writes(found, tmp_path):
         engine.index(TEXTS, progress=False)
         files = (tmp_path / each.codec).rglob("*.safetensors")
         written = sum(file.stat().st_size for file in files)
-        assert each.nbytes == pytest.approx(written, rel=0.05)
+        assert each.nbytes == pytest.approx(written, rel=0.02)
 
 
 def test_times_are_measured_and_fit_each_other(found):
