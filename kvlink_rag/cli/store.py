@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
-from kvlink_rag.cli.shared import complain, parse_size, print_list, progress_bar, size_text
+from kvlink_rag.cli.shared import (
+    complain,
+    load_engine,
+    parse_size,
+    prepare,
+    print_list,
+    progress_bar,
+    size_text,
+)
 from kvlink_rag.errors import InputError
 
 if TYPE_CHECKING:
@@ -91,6 +100,47 @@ def import_archive(
     with progress_bar("Importing") as progress:
         check = read_archive(archive, folder, progress)
     typer.echo(f"{folder}: {check.checked} caches, all verified")
+
+
+@store_app.command()
+def estimate(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Text, Markdown and PDF files, folders.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file.")] = None,
+    adapter: Annotated[str, typer.Option(help="Folder or name of an adapter.")] = "",
+    chunk_tokens: Annotated[int, typer.Option(help="Most tokens in a chunk.")] = 256,
+    overlap: Annotated[int, typer.Option(help="Most tokens repeated from the chunk before.")] = 32,
+) -> None:
+    """What indexing documents would cost and save, by codec: measured on a few of their chunks."""
+    prepare()
+    from rich.table import Table
+
+    from kvlink_rag.documents import Document, chunks_of, find_files, read_file
+    from kvlink_rag.estimate import estimate as run
+    from kvlink_rag.models import DEFAULT_MODEL
+
+    documents = [each for f in find_files(paths) if isinstance(each := read_file(f), Document)]
+    if not documents:
+        raise InputError(f"nothing to index: no text, Markdown or PDF in {', '.join(paths)}")
+    engine = load_engine(model or DEFAULT_MODEL, adapter)
+    chunks = [
+        chunk
+        for document in documents
+        for chunk in chunks_of(document, engine.tokenizer, tokens=chunk_tokens, overlap=overlap)
+    ]
+    found = run(engine, chunks)
+    typer.echo(
+        f"{len(documents)} documents, {found.chunks} chunks ({found.distinct} different), "
+        f"{found.tokens} tokens; reading one takes full prefill {1000 * found.compute_s:.0f} ms"
+    )
+    heading, *rows = found.rows()
+    table = Table(*heading, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+    for codec, reason in found.refused.items():
+        typer.echo(f"{codec} cannot be used: {reason}")
 
 
 @store_app.command()

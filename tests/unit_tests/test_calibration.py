@@ -221,7 +221,8 @@ class TestAuto:
 @pytest.mark.model
 @pytest.mark.slow
 def test_the_default_model(default_model_folder):
-    choice = choose_codec(KVLinkEngine.from_pretrained(default_model_folder), progress=False)
+    engine = KVLinkEngine.from_pretrained(default_model_folder, adapter="smollm2-135m-link5")
+    choice = choose_codec(engine, progress=False)
     assert choice.codec == "int8"
     found = {each.codec: each.kl_nats for each in choice.measured}
     assert 0 == found["raw"] < found["int8"] < 0.01 < found["int4"] < 0.5

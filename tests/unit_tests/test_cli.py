@@ -435,6 +435,18 @@ def test_budget_and_pins(shell: Shell) -> None:
     store.close()
 
 
+def test_an_estimate_before_anything_is_indexed(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    options = ["--model", shell.model, "--chunk-tokens", "60", "--overlap", "0"]
+    result = shell.run("store", "estimate", shell.docs, *options)
+    assert "1 documents" in result.stdout
+    for word in ("raw", "int4", "retrieval", "indexing"):
+        assert word in result.stdout
+    assert not shell.out.exists()
+    (shell.docs / "a.txt").unlink()
+    assert "nothing to index" in shell.run("store", "estimate", shell.docs, code=1).stderr
+
+
 def test_a_store_is_migrated(shell: Shell) -> None:
     shell.write("a.txt", paragraphs("apple"))
     shell.index()

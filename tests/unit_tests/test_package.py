@@ -33,7 +33,7 @@ FLOORS = [
     {"prefiller"},
     {"engine", "calibration", "trial"},
     {"index_catalog", "index_vectors", "index_check", "index"},
-    {"metrics", "tracing"},
+    {"estimate", "metrics", "tracing"},
     {"evaluation", "training", "documents", "ingest", "bench", "demo", "archive"},
     {"cli", "__main__"},
 ]
