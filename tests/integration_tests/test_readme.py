@@ -30,7 +30,9 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 # How each command is run here: as it stands, or smaller where it would take minutes.
 AS_IT_STANDS = [
-    command for command in COMMANDS if command.startswith(("kvlink index", "kvlink ask"))
+    command
+    for command in COMMANDS
+    if command.startswith(("kvlink index", "kvlink ask", "kvlink store"))
 ]
 SMALLER = {
     "kvlink bench": "kvlink bench --length 300 --repeats 1",
