@@ -70,11 +70,14 @@ def plot(result: BenchResult, path: Path) -> None:
         InputError: matplotlib is not installed.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("the plot needs matplotlib: pip install 'kvlink-rag[bench]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
+    shades = colormaps["tab20"]
+    axes.set_prop_cycle(color=[shades(n) for n in (*range(0, 20, 2), *range(1, 20, 2))])
     tokens = [each.tokens for each in result.lengths]
     for name in result.lengths[0].series:
         series = [each.series[name] for each in result.lengths]
@@ -91,7 +94,7 @@ def plot(result: BenchResult, path: Path) -> None:
         f"{result.machine['threads']} threads",
     )
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
