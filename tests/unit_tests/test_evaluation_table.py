@@ -10,7 +10,8 @@ import tiny
 from tiny_sets import save_adapter, write_set
 from typer.testing import CliRunner
 
-from kvlink_rag import AdapterRequiredError, InputError, cli
+from kvlink_rag import AdapterRequiredError, InputError
+from kvlink_rag.cli import app, commands
 from kvlink_rag.evaluation.plan import Plan, Row, make_rows, plan_of, read_plan
 from kvlink_rag.evaluation.run import evaluate
 from kvlink_rag.evaluation.table import AVERAGE, results, write
@@ -156,11 +157,13 @@ class Shell:
     def __init__(self, folder, monkeypatch):
         self.out = folder / "results"
         self.loads = []
-        monkeypatch.setattr(cli, "_engine", lambda name: self.loads.append(name) or tiny.engine())
+        monkeypatch.setattr(
+            commands, "load_engine", lambda name: self.loads.append(name) or tiny.engine()
+        )
 
     def __call__(self, *options):
         arguments = ["eval", "--out", str(self.out), *map(str, options)]
-        return CliRunner().invoke(cli.app, arguments)
+        return CliRunner().invoke(app, arguments)
 
 
 @pytest.fixture

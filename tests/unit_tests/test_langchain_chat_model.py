@@ -41,7 +41,8 @@ async def gathered(chunks: Any) -> list[Any]:
 def untimed(message: AIMessage) -> dict[str, Any]:
     """Everything of a message but ids and times."""
     report = message.response_metadata["report"]
-    counts = {name: value for name, value in report.items() if not name.endswith("_s")}
+    times = {name for name in report if name.endswith("_s") or name == "started"}
+    counts = {name: value for name, value in report.items() if name not in times}
     return {
         "content": message.content,
         "usage": message.usage_metadata,
