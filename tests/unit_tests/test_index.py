@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from kvlink_rag.chunk import Chunk, ChunkKV, ScoredChunk, as_chunks
@@ -443,6 +442,8 @@ class TestMaintenance:
 
 def test_an_index_with_all_that_a_store_can_have(tmp_path: Path) -> None:
     """Encrypted caches on a budget, shared through a remote with an index elsewhere."""
+    import tiny  # not above: test_index_crash takes this file's stand-ins from outside of pytest
+
     chunks = [Chunk(f"Fact {i} is {i * i}.", id=f"id-{i}") for i in range(6)]
     key, remote = b"k" * 32, (tmp_path / "remote").as_uri()
     settings = {"codec": "int8", "encryption_key": key, "remote": remote}
