@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -44,3 +44,29 @@ class Threads:
         if len(each) < 2:
             return [act(one) for one in each]
         return [future.result() for future in [self.submit(act, one) for one in each]]
+
+
+def side_by_side(act: Callable[[A], T], given: Sequence[A]) -> list[T]:
+    """``act`` of each, in order, each in a thread of its own that keeps no process from ending.
+
+    Raises:
+        the first error that one of them has raised, once all have ended.
+    """
+    futures: list[Future[T]] = [Future() for _ in given]
+
+    def run(number: int) -> None:
+        try:
+            futures[number].set_result(act(given[number]))
+        except BaseException as error:
+            futures[number].set_exception(error)
+
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(len(given))]
+    for number, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError:  # too many threads, or the process is ending
+            run(number)
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join()
+    return [future.result() for future in futures]

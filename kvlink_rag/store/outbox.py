@@ -68,12 +68,12 @@ class Outbox:
             )
             return self._trim(tx)
 
-    def next(self) -> Task | None:
-        """The oldest task."""
-        query = f"SELECT key, operation, number FROM tasks WHERE {PENDING} ORDER BY number LIMIT 1"
+    def next(self, most: int) -> list[Task]:
+        """The oldest tasks, no more than ``most``."""
+        query = f"SELECT key, operation, number FROM tasks WHERE {PENDING} ORDER BY number LIMIT ?"
         with explained("read", self.path), self._database.reading() as tx:
-            row = tx.execute(query).fetchone()
-        return Task(row[0], Operation(row[1]), row[2]) if row else None
+            rows = tx.execute(query, (most,)).fetchall()
+        return [Task(key, Operation(operation), number) for key, operation, number in rows]
 
     def done(self, task: Task) -> None:
         """Strike a task out, unless another has taken its place."""

@@ -14,6 +14,7 @@ from kvlink_rag.store.folder import FolderStore
 from kvlink_rag.store.guard import Guard
 from kvlink_rag.store.outbox import Operation, Outbox, Task
 from kvlink_rag.store.remote import RemoteError, RemoteRefused, needed
+from kvlink_rag.threads import side_by_side
 
 ATTEMPTS = 3
 """Of one task, before another has its turn."""
@@ -27,12 +28,14 @@ REFUSED_S = 60.0
 """Before a remote that refuses to be written to is tried again."""
 STOP_S = 2.0
 """How long a task that is being done is waited for in the end."""
+AT_ONCE = 8
+"""Tasks that are done side by side: a distant server takes its time for each, however small."""
 PROBE = "0" * 64
 """A key that nothing has: asking for it tells whether a remote answers."""
 
 
 class Uploader:
-    """Writes to a remote and deletes from it, one task after the other, in the background.
+    """Writes to a remote and deletes from it, some tasks at a time, in the background.
 
     One process at a time does it for a folder; which, a lock file decides.
 
@@ -118,7 +121,7 @@ class Uploader:
                 self._changed.notify_all()
 
     def _step(self) -> bool:
-        """Do one thing; False when there has been nothing to do for a while."""
+        """Do what is next; False when there has been nothing to do for a while."""
         if not self._guard.answers:
             self._try_whether_it_answers()
             return True
@@ -128,8 +131,8 @@ class Uploader:
             return self._idle()
         try:
             with self._lock.acquire(timeout=0):
-                task = self._outbox.next()  # not what another process has done meanwhile
-                pause_s = self._do(task) if task is not None else 0.0
+                tasks = self._outbox.next(AT_ONCE)  # not what another process has done meanwhile
+                pause_s = max(side_by_side(self._do, tasks), default=0.0)
         except Timeout:  # another process is at it
             pause_s = POLL_S
         with self._changed:

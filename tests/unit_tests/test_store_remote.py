@@ -260,6 +260,23 @@ class TestSharing:
             assert tier.flush(PATIENCE_S)
         assert shared.count("write") == 1
 
+    def test_uploads_go_side_by_side(
+        self, tmp_path: Path, machine: Machine, shared: Shared
+    ) -> None:
+        folder = FolderStore(tmp_path / "a")
+        for number in range(4):
+            folder.put(make_record(number + 1))
+        folder.close()
+        together, write = threading.Barrier(4), shared.write
+
+        def meet(key: str, data: bytes) -> None:
+            together.wait(PATIENCE_S)  # fails unless four are being written
+            write(key, data)
+
+        shared.write = meet  # type: ignore[method-assign]
+        assert machine("a").flush(PATIENCE_S)
+        assert len(shared.objects) == 4
+
     def test_many_ask_and_one_downloads(self, machine: Machine, shared: Shared) -> None:
         one, other, record = machine("a"), machine("b"), make_record(1)
         one.put(record)
@@ -655,8 +672,7 @@ class TestOutbox:
     def test_a_task_done_is_not_the_one_that_took_its_place(self, tmp_path: Path) -> None:
         outbox = Outbox(tmp_path / "outbox.sqlite", 10)
         outbox.add(Operation.WRITE, ["a", "b"])
-        task = outbox.next()
-        assert task is not None
+        (task,) = outbox.next(1)
         outbox.add(Operation.DELETE, ["a"])
         for strike in (outbox.done, outbox.drop, outbox.postpone):
             strike(task)
@@ -668,17 +684,17 @@ class TestOutbox:
     def test_who_fails_is_behind_the_others(self, tmp_path: Path) -> None:
         outbox = Outbox(tmp_path / "outbox.sqlite", 10)
         outbox.add(Operation.WRITE, ["a", "b"])
-        first = outbox.next()
-        assert first is not None
+        (first,) = outbox.next(1)
         outbox.postpone(first)
         assert [_taken(outbox) for _ in range(2)] == ["b", "a"]
         outbox.close()
 
 
 def _taken(outbox: Outbox) -> str | None:
-    if task := outbox.next():
+    for task in outbox.next(1):
         outbox.done(task)
-    return task and task.key
+        return task.key
+    return None
 
 
 class TestReadOnly:
