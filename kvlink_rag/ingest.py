@@ -22,6 +22,7 @@ from kvlink_rag.prompt import DEFAULT_BEHIND, PromptTemplate, render_chunk
 
 if TYPE_CHECKING:
     from kvlink_rag.index import KVIndex
+    from kvlink_rag.store import KVStore
 
 BATCH_CHUNKS = 64
 """Chunks added at once: small files are encoded together, large ones show their progress."""
@@ -100,6 +101,8 @@ class Summary:
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[tuple[Path, str]] = field(default_factory=list)
     chunks: int = 0
+    waiting: int = 0
+    """Uploads and deletions that the remote has not taken; a later run goes on with them."""
 
 
 def make_plan(
@@ -174,31 +177,48 @@ def carry_out(
     for source in plan.vanished:
         _forget(index, source)
         summary.removed.append(source)
+    summary.waiting = _upload(index.store, progress)
     return summary
 
 
-def settle(folder: str | os.PathLike[str], codec: str | None = None) -> None:
-    """Finish what a killed run left undone, without a model, where there is nothing else to do.
+def settle(
+    folder: str | os.PathLike[str], codec: str | None = None, remote: str | None = None
+) -> int:
+    """Finish what earlier runs left undone, without a model, where there is nothing else to do.
+
+    Returns:
+        uploads and deletions that the remote has not taken.
 
     Raises:
-        InputError: the index has another codec.
+        InputError: the index has another codec, or the remote's URL cannot be used.
         StoreError: the index cannot be written.
     """
     from kvlink_rag.index_catalog import CACHES, IndexCatalog
-    from kvlink_rag.store import FolderStore
+    from kvlink_rag.store import open_store
 
     catalog = IndexCatalog(folder)
     try:
         if catalog.readonly:
-            return
-        store = FolderStore(catalog.folder / CACHES, codec)
+            return 0
+        store = open_store(catalog.folder / CACHES, codec=codec, remote=remote)
         try:
             with catalog.only_writer():
                 catalog.finish_releases(store)
+            return _upload(store, progress=True)
         finally:
             store.close()
     finally:
         catalog.close()
+
+
+def _upload(store: KVStore, progress: bool) -> int:
+    """Bring to a store's remote, if it has one, what waits; returns how much is left."""
+    from kvlink_rag.store import RemoteTier
+
+    if not isinstance(store, RemoteTier):
+        return 0
+    with bar("Uploading", 1.0, unit="share", enabled=progress) as done:
+        return store.upload(lambda uploaded, total: done(uploaded / total))
 
 
 @dataclass(frozen=True)

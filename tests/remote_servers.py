@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ def free_port() -> int:
 
 def binary(name: str, remedy: str) -> str:
     """A program's path; skips the test where it is not installed."""
-    if (path := shutil.which(name)) is None:
+    beside = str(Path(sys.executable).parent)  # of an environment that is not activated
+    if (path := shutil.which(name) or shutil.which(name, path=beside)) is None:
         pytest.skip(f"{name} is not installed: {remedy}")
     return path
 

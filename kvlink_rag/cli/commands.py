@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 Strategy = Literal["reuse", "recompute", "full", "link"]
 LinkLayout = Literal["slot", "shared", "tail"]
 AdapterKind = Literal["cache-preserving", "whole-model"]
+RemoteURL = Annotated[
+    str | None,
+    typer.Option(
+        envvar="KVLINK_REMOTE",
+        help="What several machines share behind the index' folder, such as s3://bucket/kv.",
+    ),
+]
 
 app = typer.Typer(
     cls=Commands,
@@ -98,6 +105,7 @@ def index(
         bool,
         typer.Option("--encrypt", help="Of a new index: caches, with the key in KVLINK_STORE_KEY."),
     ] = False,
+    remote: RemoteURL = None,
 ) -> None:
     """Bring an index up to date: index what changed, remove what vanished."""
     prepare()
@@ -123,7 +131,7 @@ def index(
         _list_skipped(plan.skipped)
         raise InputError(f"nothing to index: no text, Markdown or PDF in {', '.join(paths)}")
     after = int(known.get("cache_after", 0)) if cache_after is None else cache_after
-    summary = _update(out, plan, splitting, codec, after, encrypt)
+    summary = _update(out, plan, splitting, codec, after, encrypt, remote or None)
     _list_summary(out, summary)
 
 
@@ -161,6 +169,7 @@ def _update(
     codec: str | None,
     cache_after: int,
     encrypt: bool,
+    remote: str | None,
 ) -> Summary:
     """Carry a plan out; the model is loaded only when there is something to do."""
     from kvlink_rag.index_catalog import IndexCatalog
@@ -169,18 +178,18 @@ def _update(
     # another one of these for the same caches; all else of a plan's settings means work to do
     chosen = {"adapter": splitting.adapter, "cache_after": str(cache_after)}
     if plan.nothing_to_do:
-        settle(out, None if codec == "auto" else codec)
+        waiting = settle(out, None if codec == "auto" else codec, remote)
         catalog = IndexCatalog(out)
         if any((catalog.meta(name) or "") != value for name, value in chosen.items()):
             catalog.set_meta(chosen)
         catalog.close()
-        return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped)
+        return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped, waiting=waiting)
     from kvlink_rag.index import KVIndex
     from kvlink_rag.store import env_key
 
     key = env_key if encrypt else None
     engine = load_engine(splitting.model, splitting.adapter, cache_after)
-    with KVIndex.open(out, engine, codec=codec, encryption_key=key) as opened:
+    with KVIndex.open(out, engine, codec=codec, encryption_key=key, remote=remote) as opened:
         settings = {"chunk_tokens": str(splitting.tokens), "overlap": str(splitting.overlap)}
         opened.catalog.set_meta(settings | chosen | {"model": splitting.model})
         return carry_out(plan, opened, splitting)
@@ -203,6 +212,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 128,
     system: Annotated[str | None, typer.Option(help="Another system prompt.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    remote: RemoteURL = None,
 ) -> None:
     """Answer a question from an index, and list the sources."""
     prepare()
@@ -220,7 +230,8 @@ def ask(
 
     from kvlink_rag.index import KVIndex
 
-    with KVIndex.open(folder, load_engine(model, adapter, cache_after)) as opened:
+    engine = load_engine(model, adapter, cache_after)
+    with KVIndex.open(folder, engine, remote=remote or None) as opened:
         loaded = opened.engine.adapter
         if strategy is None:
             strategy = "link" if loaded is not None and loaded.links else "reuse"
@@ -457,6 +468,8 @@ def _list_summary(out: Path, summary: Summary) -> None:
         f"{summary.unchanged} unchanged, {len(summary.removed)} removed, "
         f"{len(summary.skipped)} skipped ({summary.chunks} chunks indexed)"
     )
+    if summary.waiting:
+        typer.echo(f"{summary.waiting} uploads wait: the same command goes on with them")
 
 
 def _list_skipped(skipped: list[Skipped]) -> None:

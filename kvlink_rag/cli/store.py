@@ -250,6 +250,8 @@ def _caches(folder: Path) -> Iterator[FolderStore]:
 
 
 def _print_stat(store: FolderStore) -> None:
+    from kvlink_rag.store.outbox import waiting
+
     found, usage = store.stat(), store.usage()
     typer.echo(
         f"caches       {found.entries} ({found.tokens} tokens, {size_text(found.nbytes)}, "
@@ -260,6 +262,8 @@ def _print_stat(store: FolderStore) -> None:
     rate = "nothing asked yet" if usage.hit_rate is None else f"{usage.hit_rate:.1%} hits"
     typer.echo(f"asked for    {usage.hits + usage.misses} times, {rate}")
     typer.echo(f"evicted      {usage.evicted} so far; {usage.pinned} caches are pinned")
+    if (uploads := waiting(store.path)) is not None:
+        typer.echo(f"remote       {uploads} uploads and deletions wait")
     if usage.oldest is not None and usage.last_used is not None:
         typer.echo(f"oldest       {_age(usage.oldest)}; last use {_age(usage.last_used)}")
     for model in usage.models:

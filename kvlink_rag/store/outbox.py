@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvlink_rag.store.database import Database, explained
 
+NAME = "outbox.sqlite"
 VERSION = 1
 SCHEMA = """
 CREATE TABLE tasks (key TEXT PRIMARY KEY, operation TEXT NOT NULL, number INTEGER) WITHOUT ROWID;
@@ -37,6 +38,22 @@ class Task:
     key: str
     operation: Operation
     number: int
+
+
+def waiting(folder: Path) -> int | None:
+    """Uploads and deletions that wait in a store's folder; None where no remote was ever behind it.
+
+    Raises:
+        StoreError: the outbox cannot be opened.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    outbox = Outbox(path, 0)
+    try:
+        return len(outbox)
+    finally:
+        outbox.close()
 
 
 class Outbox:

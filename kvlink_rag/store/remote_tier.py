@@ -17,6 +17,7 @@ from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.store.base import StoreCheck, StoreStat
 from kvlink_rag.store.folder import FolderStore
 from kvlink_rag.store.guard import Guard
+from kvlink_rag.store.outbox import NAME as OUTBOX
 from kvlink_rag.store.outbox import Operation, Outbox
 from kvlink_rag.store.record import CorruptRecord
 from kvlink_rag.store.remote import Remote, RemoteError, RemoteRefused
@@ -25,8 +26,12 @@ from kvlink_rag.store.uploads import Uploader
 TIMEOUT_S = 5.0
 RETRY_S = 30.0
 MOST_UPLOADS = 100_000
+PROGRESS_S = 0.5
+"""Between two words about uploads that are waited for."""
 DOWNLOADS = 32
 """At a time; what is asked for beyond is computed."""
+STALLED_S = 60.0
+"""Time in which a remote must take something while its uploads are waited for."""
 CLOSE_S = 5.0
 """How long closing waits for uploads; the rest stays in the outbox."""
 
@@ -74,7 +79,7 @@ class RemoteTier:
         self._timeout_s = timeout_s
         self._stopped = self._closed = False
         self._guard = Guard(remote, retry_s)
-        made = not (path := folder.path / "outbox.sqlite").exists()
+        made = not (path := folder.path / OUTBOX).exists()
         self._outbox = Outbox(path, most_uploads)
         if made and remote.writable:
             self._upload(Operation.WRITE, folder.keys())
@@ -178,6 +183,28 @@ class RemoteTier:
         done = self._uploads.flush(timeout_s)
         self._guard.tell()
         return done
+
+    def upload(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Wait for uploads and deletions for as long as the remote takes them.
+
+        Args:
+            progress: called with (done, in all) now and then.
+
+        Returns:
+            how many are left, when it has failed or taken nothing for a minute; they wait in the
+            folder for the next process.
+        """
+        left = total = len(self._outbox)
+        moved = time.monotonic()
+        while left and self._guard.answers and time.monotonic() - moved < STALLED_S:
+            self._uploads.flush(PROGRESS_S)
+            before, left = left, len(self._outbox)
+            if left < before:
+                moved = time.monotonic()
+            if progress is not None:
+                progress(max(total - left, 0), total)
+        self._guard.tell()
+        return left
 
     def close(self) -> None:
         """Wait a little for uploads, then let go of folder and remote; closing twice is fine."""

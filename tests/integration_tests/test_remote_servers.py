@@ -29,6 +29,7 @@ from kvlink_rag.store import (
     RemoteError,
     RemoteRefused,
     RemoteTier,
+    open_store,
 )
 
 CHUNKS = [
@@ -161,6 +162,24 @@ def test_two_machines(
     assert store.flush(PATIENCE_S)
     assert [remote.has(key) for key in keys] == [False, True, True]
     store.close()
+
+
+def test_credentials_of_the_environment(
+    s3: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]
+) -> None:
+    """As on a machine that is set up for its cloud: the URL is all that is said."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3["secret"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3["endpoint_url"])
+    for misses in (len(CHUNKS), 0):
+        store = open_store(tmp_path / str(misses), remote="s3://caches/by-environment")
+        assert isinstance(store, RemoteTier)
+        engine = tiny.engine(store=store)
+        assert engine.index(CHUNKS, progress=False).misses == misses
+        asked(engine)
+        assert asked(engine) == expected
+        assert store.upload() == 0
+        store.close()
 
 
 def check_fault_and_recovery(

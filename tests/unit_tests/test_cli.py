@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import zlib
@@ -475,6 +476,47 @@ def test_an_index_with_encrypted_caches(shell: Shell, monkeypatch: pytest.Monkey
     shell.run("store", "import", archive, shell.out.parent / "there")
     monkeypatch.setenv("KVLINK_STORE_KEY", "00" * 32)
     assert "key" in shell.run("store", "verify", shell.out, code=1).stderr
+
+
+def test_machines_that_share_a_remote(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell.write("bees.md", paragraphs("bee"))
+    url = f"file://{tmp_path}/shared"
+    shell.index("--remote", url)
+    objects = list((tmp_path / "shared").rglob("*.safetensors"))
+    assert objects
+    said = shell.run("store", "stat", shell.out).output
+    assert "remote       0 uploads and deletions wait" in said
+
+    # the other machine: it has the documents, and computes nothing
+    shell.out = tmp_path / "other"
+    monkeypatch.setenv("KVLINK_REMOTE", url)
+    shell.index()
+    assert not list(shell.out.rglob("*.safetensors"))
+    assert ", 0 misses, " in shell.run("ask", shell.out, "bee paragraph 1?").output
+    assert list(shell.out.rglob("*.safetensors"))
+
+    (shell.docs / "bees.md").unlink()
+    shell.index()
+    assert not any(path.exists() for path in objects)
+
+
+@pytest.mark.filterwarnings("always::kvlink_rag.errors.KVLinkWarning")
+def test_uploads_wait_for_a_remote_that_is_down(shell: Shell, tmp_path: Path) -> None:
+    shell.write("bees.md", paragraphs("bee"))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"redis://127.0.0.1:{closed.getsockname()[1]}"
+        output = shell.index("--remote", url).output
+    assert output.count("warning: ") == 1
+    assert "uploads wait: the same command goes on with them" in output
+    assert ", 0 misses, " in shell.run("ask", shell.out, "bee paragraph 1?").output
+    # another remote, as good as the same one that has come back
+    output = shell.index("--remote", f"file://{tmp_path}/shared").output
+    assert "1 unchanged" in output
+    assert "uploads wait" not in output
+    assert list((tmp_path / "shared").rglob("*.safetensors"))
 
 
 def test_an_archive_is_imported(shell: Shell) -> None:
