@@ -19,7 +19,10 @@ Of indexing runs: `kvlink_index_runs_total`, `kvlink_index_seconds_total`,
 
 Of the store, asked when the metrics are read: `kvlink_store_up` (0 while it cannot be read; nothing
 else of it is told then), `kvlink_store_entries`, `kvlink_store_tokens`, `kvlink_store_bytes`,
-`kvlink_store_documents`; of a :class:`~kvlink_rag.store.RamTier` also `kvlink_ram_hits_total`,
+`kvlink_store_documents`; of a folder `kvlink_store_budget_bytes` (where there is a limit),
+`kvlink_store_evictions_total` and `kvlink_store_pinned_entries`; of a
+:class:`~kvlink_rag.store.RemoteTier` `kvlink_remote_up` and `kvlink_remote_waiting`, uploads and
+deletions to be done; of a :class:`~kvlink_rag.store.RamTier` `kvlink_ram_hits_total`,
 `kvlink_ram_misses_total` and `kvlink_ram_bytes`.
 """
 
@@ -30,7 +33,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.report import PARTS, IndexReport, Report
-from kvlink_rag.store import RamTier
+from kvlink_rag.store import FolderStore, KVStore, RamTier, RemoteTier
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -148,33 +151,69 @@ class EngineMetrics:
 
     def _store_metrics(self, engine: KVLinkEngine | None) -> Iterator[Metric]:
         """Of the store of an engine; without one, all that there may be, and no values."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        up = GaugeMetricFamily("kvlink_store_up", "Whether the store could be read.")
-        gauges = {
-            "entries": GaugeMetricFamily("kvlink_store_entries", "Chunk caches stored."),
-            "tokens": GaugeMetricFamily("kvlink_store_tokens", "Tokens of the caches stored."),
-            "nbytes": GaugeMetricFamily("kvlink_store_bytes", "Bytes of the caches stored."),
-            "documents": GaugeMetricFamily("kvlink_store_documents", "Documents referring to any."),
-        }
-        of_tier: dict[str, Metric] = {
-            "hits": CounterMetricFamily("kvlink_ram_hits", "Caches found in the RAM tier."),
-            "misses": CounterMetricFamily("kvlink_ram_misses", "Caches not in the RAM tier."),
-            "nbytes": GaugeMetricFamily("kvlink_ram_bytes", "Keys and values in the RAM tier."),
-        }
+        families = _store_families()
         if engine is None:
-            yield from (up, *gauges.values(), *of_tier.values())
+            yield from (metric for group in families.values() for metric in group.values())
             return
-        if isinstance(tier := engine.store, RamTier):
-            yield from _filled(of_tier, tier)
+        store = engine.store
+        if isinstance(store, RamTier):
+            yield from _filled(families["ram"], store)
+            store = store.below
         try:
-            stat = engine.store.stat()
+            found = _of_files(store, families)
         except StoreError:  # told by the metric, and the others are still to be read
-            stat = None
-        up.add_metric([], float(stat is not None))
-        yield up
-        if stat is not None:
-            yield from _filled(gauges, stat)
+            found = []
+        up: Any = families["up"]["up"]
+        up.add_metric([], float(bool(found)))
+        yield from (up, *found)
+
+
+def _store_families() -> dict[str, dict[str, Metric]]:
+    """Metrics by what they are of, and there by the attribute that they show."""
+    from prometheus_client.core import CounterMetricFamily as Counted
+    from prometheus_client.core import GaugeMetricFamily as Gauge
+
+    return {
+        "up": {"up": Gauge("kvlink_store_up", "Whether the store could be read.")},
+        "store": {
+            "entries": Gauge("kvlink_store_entries", "Chunk caches stored."),
+            "tokens": Gauge("kvlink_store_tokens", "Tokens of the caches stored."),
+            "nbytes": Gauge("kvlink_store_bytes", "Bytes of the caches stored."),
+            "documents": Gauge("kvlink_store_documents", "Documents referring to any."),
+        },
+        "folder": {
+            "evicted": Counted("kvlink_store_evictions", "Caches removed for the budget."),
+            "pinned": Gauge("kvlink_store_pinned_entries", "Caches never to be evicted."),
+        },
+        "budget": {"max_bytes": Gauge("kvlink_store_budget_bytes", "Most bytes, if limited.")},
+        "remote": {
+            "answers": Gauge("kvlink_remote_up", "Whether the remote answers."),
+            "waiting": Gauge("kvlink_remote_waiting", "Uploads and deletions to be done."),
+        },
+        "ram": {
+            "hits": Counted("kvlink_ram_hits", "Caches found in the RAM tier."),
+            "misses": Counted("kvlink_ram_misses", "Caches not in the RAM tier."),
+            "nbytes": Gauge("kvlink_ram_bytes", "Keys and values in the RAM tier."),
+        },
+    }
+
+
+def _of_files(store: KVStore, families: dict[str, dict[str, Metric]]) -> list[Metric]:
+    """What is below memory, filled in.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    found = [*_filled(families["store"], store.stat())]
+    if isinstance(store, RemoteTier):
+        found += _filled(families["remote"], store)
+        store = store.folder
+    if isinstance(store, FolderStore):
+        usage = store.usage()
+        found += _filled(families["folder"], usage)
+        if usage.budget.max_bytes is not None:
+            found += _filled(families["budget"], usage.budget)
+    return found
 
 
 def _filled(metrics: dict[str, Any], source: object) -> Iterator[Metric]:

@@ -95,6 +95,20 @@ class RemoteTier:
         """That of the folder."""
         return self.folder.codec
 
+    @property
+    def answers(self) -> bool:
+        """False after the remote has failed, until it answers again."""
+        return self._guard.answers
+
+    @property
+    def waiting(self) -> int:
+        """Uploads and deletions that the remote has yet to take.
+
+        Raises:
+            StoreError: the outbox cannot be read.
+        """
+        return len(self._outbox)
+
     def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
         """The cache under ``key``, from the folder or else the remote; None when it does not come.
 
@@ -194,11 +208,11 @@ class RemoteTier:
             how many are left, when it has failed or taken nothing for a minute; they wait in the
             folder for the next process.
         """
-        left = total = len(self._outbox)
+        left = total = self.waiting
         moved = time.monotonic()
-        while left and self._guard.answers and time.monotonic() - moved < STALLED_S:
+        while left and self.answers and time.monotonic() - moved < STALLED_S:
             self._uploads.flush(PROGRESS_S)
-            before, left = left, len(self._outbox)
+            before, left = left, self.waiting
             if left < before:
                 moved = time.monotonic()
             if progress is not None:

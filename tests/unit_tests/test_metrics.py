@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -14,9 +15,10 @@ import tiny
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvlink_rag import InputError
+from kvlink_rag import Chunk, InputError, KVLinkWarning
 from kvlink_rag.metrics import EngineMetrics
 from kvlink_rag.report import PARTS
+from kvlink_rag.store import Budget, open_store
 
 CHUNKS = ["The tower is 330 m tall.", "Bees dance to tell where flowers are."]
 QUESTION = "How tall is it?"
@@ -102,7 +104,41 @@ def test_indexing_and_the_store(tmp_path):
     assert found["kvlink_store_tokens"] == stat.tokens
     assert found["kvlink_store_bytes"] == stat.nbytes
     assert found["kvlink_store_documents"] == stat.documents == 2
-    assert "kvlink_ram_bytes" not in found
+    for absent in ("kvlink_ram_bytes", "kvlink_remote_up", "kvlink_store_budget_bytes"):
+        assert absent not in found
+
+
+def test_budget_evictions_and_pins(tmp_path):
+    engine, registry, _ = watched(store=tmp_path)
+    engine.index([Chunk(text, id=text[:5]) for text in CHUNKS], progress=False)
+    assert scraped(registry)["kvlink_store_evictions_total"] == 0
+    engine.store.pin([CHUNKS[0][:5]])
+    engine.store.set_budget(Budget(1))
+    found = scraped(registry)
+    assert found["kvlink_store_budget_bytes"] == 1
+    assert found["kvlink_store_evictions_total"] == found["kvlink_store_pinned_entries"] == 1
+    assert found["kvlink_store_entries"] == 1
+
+
+def test_a_remote_that_is_down_behind_memory(tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        remote = f"redis://127.0.0.1:{closed.getsockname()[1]}"
+        store = open_store(tmp_path, ram_bytes=1 << 20, remote=remote)
+        engine, registry, _ = watched(store=store)
+        assert scraped(registry)["kvlink_remote_up"] == 1
+
+        def left_after_indexing():
+            engine.index(CHUNKS, progress=False)
+            return store.below.upload()
+
+        with pytest.warns(KVLinkWarning, match="computed meanwhile"):
+            left = left_after_indexing()
+        assert left == 2
+        found = scraped(registry)
+        assert (found["kvlink_remote_up"], found["kvlink_remote_waiting"]) == (0, 2)
+        assert found["kvlink_store_entries"] == 2
+        store.close()
 
 
 def test_the_ram_tier(tmp_path):
