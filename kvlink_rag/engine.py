@@ -40,7 +40,8 @@ class KVLinkEngine(Prefiller):
     """A causal language model with a store of chunk caches.
 
     Make one with :meth:`from_pretrained`. Safe to use from several threads: forward passes run one
-    at a time, everything else of an answer is its own.
+    at a time, everything else of an answer is its own. Engines over one model take turns, too; who
+    runs that model without an engine must not do it meanwhile.
 
     Attributes:
         model, tokenizer: the transformers objects; the model is what chunks are encoded with.
@@ -239,24 +240,23 @@ class KVLinkEngine(Prefiller):
         encode_behind, prompt, merged = self._chosen
         trained = None if adapter is None else load_adapter(adapter)
         linked = trained is not None and trained.links is not None
-        with self._model_lock:  # forward passes set attention and masks of the base model
-            twin = KVLinkEngine(
-                self._base,
-                self.tokenizer,
-                name=self.name,
-                store=self.store,
-                strategy="reuse" if self.strategy == "link" and not linked else self.strategy,
-                adapter=trained,
-                merge_adapter=merged if merge_adapter is None else merge_adapter,
-                encode_behind=encode_behind,
-                recompute_tokens=self.recompute_tokens,
-                recompute_by=self.recompute_by,
-                prompt=prompt,
-                cache_after=self.cache_after,
-                fidelity_rate=self._monitor.rate,
-                fidelity_limit=self._monitor.limit,
-            )
-        twin._model_lock, twin._scratch = self._model_lock, self._scratch
+        twin = KVLinkEngine(
+            self._base,
+            self.tokenizer,
+            name=self.name,
+            store=self.store,
+            strategy="reuse" if self.strategy == "link" and not linked else self.strategy,
+            adapter=trained,
+            merge_adapter=merged if merge_adapter is None else merge_adapter,
+            encode_behind=encode_behind,
+            recompute_tokens=self.recompute_tokens,
+            recompute_by=self.recompute_by,
+            prompt=prompt,
+            cache_after=self.cache_after,
+            fidelity_rate=self._monitor.rate,
+            fidelity_limit=self._monitor.limit,
+        )
+        twin._scratch = self._scratch  # one for all that share the lock
         twin.observers = self.observers
         return twin
 

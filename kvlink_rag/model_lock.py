@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,20 @@ class ModelLock:
         if not self._depth:
             let_go()
         self._lock.release()
+
+
+_locks: weakref.WeakKeyDictionary[torch.nn.Module, ModelLock] = weakref.WeakKeyDictionary()
+_finding = threading.Lock()
+
+
+def lock_of(model: torch.nn.Module) -> ModelLock:
+    """The lock of a model, the same for all engines over it.
+
+    A forward pass sets the attention and the masks of the model's own object, so two engines that
+    were made of one model must not run it at once.
+    """
+    with _finding:
+        return _locks.setdefault(model, ModelLock())
 
 
 def let_go() -> None:

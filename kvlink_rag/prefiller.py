@@ -19,7 +19,7 @@ from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.forward import run_at, run_behind
 from kvlink_rag.in_place import LinkedContext, Span, serves
 from kvlink_rag.link import ContextCache
-from kvlink_rag.model_lock import ModelLock
+from kvlink_rag.model_lock import lock_of
 from kvlink_rag.prefetch import Prefetcher, Wanted
 from kvlink_rag.prefill import Prefill, Prompt, Segment, SegmentKind, Strategy
 from kvlink_rag.prompt import (
@@ -87,13 +87,16 @@ class Prefiller:
         self.cache_after = cache_after
         self.adapter = adapter
         self.model = self.reader = model
+        self._model_lock = lock_of(model)
         if adapter is not None:
             adapter.check_vocabulary(model, tokenizer)
-            self.model, self.reader = adapter.apply(model, merge=merge_adapter)
+        with self._model_lock:  # another engine may be running it
+            if adapter is not None:
+                self.model, self.reader = adapter.apply(model, merge=merge_adapter)
+            self.architecture: Architecture = inspect_model(self.model, name)
         self.tokenizer = tokenizer
         self.name = name
         self.store = store
-        self.architecture: Architecture = inspect_model(self.model, name)
         self.layout = PromptLayout(tokenizer, prompt or (adapter.prompt if adapter else None))
         if encode_behind is None:
             encode_behind = adapter.encode_behind if adapter else DEFAULT_BEHIND
@@ -104,7 +107,6 @@ class Prefiller:
         self.behind = tuple(self.layout.behind(encode_behind))
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self._encoder = Encoder(self.model, self.architecture)
-        self._model_lock = ModelLock()
         self._scratch = Scratch()  # used under the lock
         with self._model_lock:
             self.in_place = serves(self.reader, self.architecture)

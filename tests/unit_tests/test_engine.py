@@ -4,6 +4,7 @@ import asyncio
 import copy
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -286,6 +287,21 @@ class TestStream:
         for thread in threads:
             thread.join()
         assert [got[i] for i in range(8)] == expected
+
+    def test_engines_over_one_model_do_not_run_it_at_once(self):
+        pair = (tiny.model("llama"), tiny.tokenizer())
+        engines = [KVLinkEngine.from_pretrained(pair) for _ in range(4)]
+        for engine in engines:
+            engine.stop_ids = frozenset()
+            engine.index(CHUNKS, progress=False)
+        expected = engines[0].answer(QUESTION, CHUNKS, max_new_tokens=20).token_ids
+
+        def ask(engine: KVLinkEngine) -> list[list[int]]:
+            return [engine.answer(QUESTION, CHUNKS, max_new_tokens=20).token_ids for _ in range(3)]
+
+        with ThreadPoolExecutor(len(engines)) as pool:
+            found = [pool.submit(ask, engine) for engine in engines]
+        assert [each.result() for each in found] == [[expected] * 3] * len(engines)
 
 
 class TestTrust:
