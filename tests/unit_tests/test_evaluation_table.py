@@ -144,11 +144,11 @@ def test_settings_that_make_no_sense(settings, message):
         plan_of({"rows": [{"name": "full", "strategy": "full"}], **settings})
 
 
-@pytest.mark.parametrize("name", ["eval_link5", "eval_ablation"])
-def test_the_committed_configurations_are_plans(name):
-    plan = plan_of(read_plan(Path(__file__).parents[2] / "benchmarks" / f"{name}.json"))
+@pytest.mark.parametrize(("name", "sets"), [("link5", 5), ("ablation", 5), ("codecs", 3)])
+def test_the_committed_configurations_are_plans(name, sets):
+    plan = plan_of(read_plan(Path(__file__).parents[2] / "benchmarks" / f"eval_{name}.json"))
     assert plan.reference_row is not None
-    assert len(plan.sets) == 5
+    assert len(plan.sets) == sets
 
 
 class Shell:
