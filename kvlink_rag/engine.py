@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,16 +17,16 @@ from kvlink_rag.adapter import Adapter, load_adapter, shipped_adapters
 from kvlink_rag.answer import Answer, AnswerStream, Request
 from kvlink_rag.batch import answer_together
 from kvlink_rag.calibration import AUTO, resolve_codec
-from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks
+from kvlink_rag.chunk import Chunk, as_chunks
 from kvlink_rag.conversation import Message, as_messages
 from kvlink_rag.errors import AdapterRequiredError, InputError
 from kvlink_rag.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
 from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
+from kvlink_rag.indexing import Indexing
 from kvlink_rag.load import Source, load
 from kvlink_rag.prefetch import Prefetcher
 from kvlink_rag.prefill import Prefill, RecomputeBy, Strategy
 from kvlink_rag.prefiller import Prefiller
-from kvlink_rag.progress import bar
 from kvlink_rag.prompt import (
     EncodeBehind,
     PromptTemplate,
@@ -272,64 +271,9 @@ class KVLinkEngine(Prefiller):
             InputError: a chunk is empty or longer than the model's context.
             StoreError: a cache cannot be written; those written before stay.
         """
-        watch, given = Stopwatch(), as_chunks(chunks)
-        texts: dict[str, list[int]] = {}
-        owners: dict[str, list[str]] = {}
-        for chunk in given:
-            token_ids = self.layout.chunk(chunk)
-            self._check_length(len(self.behind) + len(token_ids), f"chunk {chunk.document_id!r}")
-            key = self._key(token_ids)
-            texts[key] = token_ids
-            owners.setdefault(key, []).append(chunk.document_id)
-        missing = {key: ids for key, ids in texts.items() if not self.store.has(key)}
-        later = set(missing) if self.cache_after else set()
-        missing = {} if self.cache_after else missing
-        known = [(owner, key) for key in texts if key not in missing for owner in owners[key]]
-        self.store.refer(known)
-        nbytes = self._encode_and_store(missing, owners, progress)
-        report = IndexReport(
-            chunks=len(given),
-            hits=sum(len(owners[key]) for key in texts if key not in missing and key not in later),
-            misses=len(missing),
-            deferred=len(later),
-            tokens=sum(map(len, missing.values())),
-            nbytes=nbytes,
-            total_s=watch.total(),
-            started=watch.started,
-        )
+        report = Indexing(self, as_chunks(chunks)).run(progress)
         self.observers.tell(report)
         return report
-
-    def _encode_and_store(
-        self, missing: dict[str, list[int]], owners: dict[str, list[str]], progress: bool
-    ) -> int:
-        """Encode batch by batch while the batch before is being written; returns bytes."""
-        keys, nbytes, done = list(missing), 0, 0
-        total = sum(map(len, missing.values()))
-        with (
-            bar("Reading chunks (tokens)", total, enabled=progress and bool(missing)) as show,
-            ThreadPoolExecutor(1) as writer,
-        ):
-            writing: Future[None] | None = None
-            for batch in self._encode([missing[key] for key in keys]):
-                if writing:
-                    writing.result()
-                writing = writer.submit(self._put, [(r, owners[keys[i]]) for i, r in batch])
-                nbytes += sum(record.nbytes for _, record in batch)
-                done += sum(len(record.token_ids) for _, record in batch)
-                show(done)
-            if writing:
-                writing.result()
-        return nbytes
-
-    def _encode(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, ChunkKV]]]:
-        batches = self._encoder.encode(texts, self.behind, max_batch_tokens=self.batch_tokens)
-        while True:
-            with self._model_lock:
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
 
     # Prefill
 

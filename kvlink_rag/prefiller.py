@@ -288,6 +288,15 @@ class Prefiller:
                 self._note_speed(made.before[behind] + sum(map(len, texts)), watch.total())
         return made
 
+    def _encode(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, ChunkKV]]]:
+        batches = self._encoder.encode(texts, self.behind, max_batch_tokens=self.batch_tokens)
+        while True:
+            with self._model_lock:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
     def _note_speed(self, tokens: int, seconds: float) -> None:
         """Remember how fast caches are computed, what was measured last above all."""
         if tokens:

@@ -288,6 +288,17 @@ class TestStream:
             thread.join()
         assert [got[i] for i in range(8)] == expected
 
+    def test_a_store_far_away_is_asked_for_many_caches_at_once(self):
+        together = threading.Barrier(len(CHUNKS))
+
+        class Distant(MemoryStore):
+            def has(self, key: str) -> bool:
+                together.wait(60)  # fails unless all of them are asked for
+                return super().has(key)
+
+        engine = tiny.engine(store=Distant())
+        assert [engine.index(CHUNKS, progress=False).misses for _ in range(2)] == [5, 0]
+
     def test_engines_over_one_model_do_not_run_it_at_once(self):
         pair = (tiny.model("llama"), tiny.tokenizer())
         engines = [KVLinkEngine.from_pretrained(pair) for _ in range(4)]

@@ -29,7 +29,7 @@ FLOORS = [
     {"architecture", "attention", "conversation", "link", "models", "prompt", "generate", "store"},
     {"prefetch"},
     {"adapter", "presets", "encode", "forward", "in_place", "relevance", "prefill", "load"},
-    {"embeddings", "answer", "batch"},
+    {"embeddings", "answer", "batch", "indexing"},
     {"prefiller"},
     {"engine", "calibration", "trial"},
     {"index_catalog", "index_vectors", "index_check", "index"},
