@@ -152,7 +152,8 @@ def _extract(file: object, source: Path, folder: Path) -> None:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
             for member in tar:
-                if not member.isreg() or not MEMBER.fullmatch(member.name):
+                # a sparse one takes as much disk as it says, from an archive of any size
+                if not member.isreg() or member.issparse() or not MEMBER.fullmatch(member.name):
                     raise InputError(f"{source} is no archive of kvlink: it has {member.name!r}")
                 path = folder / member.name
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -165,7 +166,9 @@ def _extract(file: object, source: Path, folder: Path) -> None:
                     os.fsync(descriptor)
                 if path.stat().st_size != member.size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
-    except (tarfile.TarError, EOFError) as error:
+    except InputError:
+        raise  # which is a ValueError, too
+    except (tarfile.TarError, EOFError, ValueError) as error:  # of a number that makes no sense
         raise InputError(f"{source} is no whole archive of kvlink ({error}): copy it again") from (
             error
         )
