@@ -22,6 +22,7 @@ from kvlink_rag.prompt import DEFAULT_BEHIND, PromptTemplate, render_chunk
 
 if TYPE_CHECKING:
     from kvlink_rag.index import KVIndex
+    from kvlink_rag.store import EncryptionKey
 
 BATCH_CHUNKS = 64
 """Chunks added at once: small files are encoded together, large ones show their progress."""
@@ -177,11 +178,15 @@ def carry_out(
     return summary
 
 
-def settle(folder: str | os.PathLike[str], codec: str | None = None) -> None:
+def settle(
+    folder: str | os.PathLike[str],
+    codec: str | None = None,
+    encryption_key: EncryptionKey | None = None,
+) -> None:
     """Finish what a killed run left undone, without a model, where there is nothing else to do.
 
     Raises:
-        InputError: the index has another codec.
+        InputError: the index has another codec or key, or is not encrypted.
         StoreError: the index cannot be written.
     """
     from kvlink_rag.index_catalog import CACHES, IndexCatalog
@@ -191,7 +196,7 @@ def settle(folder: str | os.PathLike[str], codec: str | None = None) -> None:
     try:
         if catalog.readonly:
             return
-        store = FolderStore(catalog.folder / CACHES, codec)
+        store = FolderStore(catalog.folder / CACHES, codec, encryption_key=encryption_key)
         try:
             with catalog.only_writer():
                 catalog.finish_releases(store)

@@ -477,6 +477,16 @@ def test_an_index_with_encrypted_caches(shell: Shell, monkeypatch: pytest.Monkey
     assert "key" in shell.run("store", "verify", shell.out, code=1).stderr
 
 
+def test_encryption_asked_for_is_never_left_out(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    monkeypatch.setenv("KVLINK_STORE_KEY", "5e" * 32)
+    # nothing has changed, and yet this is no success
+    assert "made without encryption" in shell.index("--encrypt", code=1).stderr
+
+
 def test_an_archive_is_imported(shell: Shell) -> None:
     shell.write("a.txt", paragraphs("apple"))
     shell.index()
@@ -503,7 +513,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "-1", "0", "1.2.3", "5 apples", "0.1"])
+@pytest.mark.parametrize("text", ["", "MB", "-1", "0", "1.2.3", "5 apples", "0.1", "9" * 400])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(InputError, match="is no size"):
         parse_size(text)
