@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,24 @@ def test_what_is_removed_while_it_is_written_is_not_missed(made: Path, tmp_path:
     there.close()
 
 
+def test_an_index_is_written_to_while_it_is_exported(archive: Path, tmp_path: Path) -> None:
+    read_archive(archive, tmp_path / "copy")
+    index = KVIndex.open(tmp_path / "copy", tiny.engine(), embeddings=embeddings)
+    other = ThreadPoolExecutor(1)
+
+    def change(done: int, total: int) -> None:
+        if done == 1:
+            other.submit(index.delete, ["é-2"]).result(30)
+            other.submit(index.add, ["A new fact."], progress=False).result(30)
+
+    write_archive(tmp_path / "copy", tmp_path / "b.tar", change)
+    other.shutdown()
+    index.close()
+    read_archive(tmp_path / "b.tar", tmp_path / "there")
+    with KVIndex.open(tmp_path / "there", tiny.engine(), embeddings=embeddings) as there:
+        assert there.ids() == [chunk.id for chunk in CHUNKS]  # as they were
+
+
 def rewritten(archive: Path, path: Path, **changes: bytes | None) -> Path:
     """A copy with files changed, left out (None) or added."""
     with tarfile.open(archive) as old, tarfile.open(path, "w") as new:
@@ -184,6 +203,18 @@ def test_impossible_numbers_are_damage(tmp_path: Path, kind: bytes) -> None:
     (tmp_path / "bad.tar").write_bytes(header("store.json", kind, -512) + bytes(2048))
     with pytest.raises(InputError, match="no whole archive"):
         read_archive(tmp_path / "bad.tar", tmp_path / "there")
+
+
+@pytest.mark.parametrize("name", ["chunks/ab/ab" + "0" * 62 + ".safetensors", "catalog.sqlite"])
+def test_nothing_lies_beside_an_index(archive: Path, tmp_path: Path, name: str) -> None:
+    refused(rewritten(archive, tmp_path / "bad.tar", **{name: b"?"}), tmp_path, "both")
+
+
+def test_nothing_lies_beside_a_store(made: Path, tmp_path: Path) -> None:
+    write_archive(made / "kv", tmp_path / "kv.tar")
+    bad = rewritten(tmp_path / "kv.tar", tmp_path / "bad.tar", **{"index.sqlite": b"?"})
+    (tmp_path / "kv.tar").unlink()
+    refused(bad, tmp_path, "both")
 
 
 def test_damage_is_found(archive: Path, tmp_path: Path) -> None:
