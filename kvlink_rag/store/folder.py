@@ -212,6 +212,10 @@ class FolderStore:
             except FileNotFoundError:
                 return None
 
+    def shared_name(self, key: str) -> str:
+        """What a cache is called on a remote: of an encrypted folder, only the key tells."""
+        return self._files.shared_name(key)
+
     def keys(self) -> set[str]:
         """The keys of all entries, from the catalog."""
         with explained("read the store", self.path):

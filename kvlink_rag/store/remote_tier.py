@@ -259,9 +259,9 @@ class RemoteTier:
             return False
 
     def _is_on_remote(self, key: str) -> bool:
-        started = time.monotonic()
+        started, name = time.monotonic(), self.folder.shared_name(key)
         try:
-            found = self._guard.call(lambda: self.remote.has(key))
+            found = self._guard.call(lambda: self.remote.has(name))
         except RemoteError as error:
             self._note_trouble(error)
             return False
@@ -304,9 +304,9 @@ class RemoteTier:
             download.set_result(record)
 
     def _read(self, key: str) -> bytes | None:
-        started = time.monotonic()
+        started, name = time.monotonic(), self.folder.shared_name(key)
         try:
-            data = self._guard.call(lambda: self.remote.read(key))
+            data = self._guard.call(lambda: self.remote.read(name))
         except RemoteError as error:
             self._note_trouble(error)
             return None

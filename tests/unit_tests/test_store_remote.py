@@ -808,3 +808,33 @@ class TestCredentials:
         )
         text = remote._messages.told(ValueError("hidden4, hidden5 and retries 3: hidden3"))
         assert text == "ValueError: ***, *** and retries 3: ***"
+
+
+@pytest.mark.parametrize("other", [None, b"2" * 32])
+def test_nobody_without_the_key_touches_sealed_objects(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, other: bytes | None
+) -> None:
+    shared, record = Shared(), make_record(1, 2)
+    sealed = RemoteTier(FolderStore(tmp_path / "a", encryption_key=b"1" * 32), shared)
+    sealed.put(record, ["d"])
+    assert sealed.flush(PATIENCE_S)
+    ((name, data),) = shared.objects.items()
+    assert name != record.key  # which who guesses the text could compute
+    foreign = RemoteTier(FolderStore(tmp_path / "b", encryption_key=other), shared)
+    assert foreign.get(record.key) is None
+    foreign.put(record, ["d"])
+    assert foreign.flush(PATIENCE_S)
+    assert foreign.release(["d"]) == 1
+    assert foreign.flush(PATIENCE_S)
+    assert shared.objects == {name: data}
+    foreign.close()
+    with_key = RemoteTier(FolderStore(tmp_path / "c", encryption_key=b"1" * 32), shared)
+    assert with_key.has(record.key)
+    assert with_key.get(record.key) is not None
+    assert with_key.release(["d"]) == 0  # it has no such document
+    assert sealed.release(["d"]) == 1
+    assert sealed.flush(PATIENCE_S)
+    assert not shared.objects
+    with_key.close()
+    sealed.close()
+    assert not recwarn.list
