@@ -126,6 +126,8 @@ class FolderStore:
             record = self._files.read(key)
         except (FileNotFoundError, NotADirectoryError):
             self._count(None)
+            with contextlib.suppress(OSError, StoreError):  # put says it
+                self._renew_codec()
             return None
         except CorruptRecord as reason:
             self._drop_corrupt(key)
@@ -144,8 +146,8 @@ class FolderStore:
 
         Raises:
             InputError: keys and values do not fit the tokens, or are another codec's.
-            StoreError: it could not be written, has no room in the budget, or the codec cannot hold
-                its numbers; nothing is left behind.
+            StoreError: it could not be written, has no room in the budget, the codec cannot hold
+                its numbers, or the folder was migrated meanwhile; nothing is left behind.
         """
         self._check_writable()
         self._flush()  # what is evicted depends on the uses
@@ -153,10 +155,15 @@ class FolderStore:
         temporary: Path | None = None
         try:
             with explained("store a chunk cache in", self.path):
-                codec = codec_for(self.codec, record.keys.dtype)
+                codec = codec_for(self._renew_codec(), record.keys.dtype)
                 temporary, nbytes = self._files.write(record, codec)
                 entry = _entry(record.key_as(codec), record, nbytes)
-                note = self._catalog.write(lambda tx: self._store(tx, temporary, entry, documents))
+
+                def store(tx: sqlite3.Connection) -> Path:
+                    self._check_codec(record, codec)
+                    return self._store(tx, temporary, entry, documents)
+
+                note = self._catalog.write(store)
             with contextlib.suppress(OSError):
                 note.unlink()
         except BaseException:
@@ -187,6 +194,7 @@ class FolderStore:
             assert temporary is not None
             if not wanted():
                 return None
+            self._check_codec(record, record.codec)
             return self._publish(tx, temporary, _entry(key, record, len(data)), ())
 
         try:
@@ -403,6 +411,19 @@ class FolderStore:
             )
         files = ChunkFiles(self.path / CHUNKS, settings.cipher(self.path, cipher))
         return settings.codec, files, Catalog(self.path / CATALOG, files.entries)
+
+    def _renew_codec(self) -> str:
+        """The codec that the folder has now: another process may have migrated it."""
+        self.codec = Settings.read(self.path).codec
+        return self.codec
+
+    def _check_codec(self, record: ChunkKV, codec: str) -> None:
+        """As the only writer, refuse what was written before a migration that is through now."""
+        if codec_for(self._renew_codec(), record.keys.dtype) != codec:
+            raise StoreError(
+                f"{self.path} was migrated to codec {self.codec!r} by another process just now: "
+                "store the chunk cache again"
+            )
 
     def _store(
         self, tx: sqlite3.Connection, temporary: Path, entry: Entry, documents: Iterable[str]
