@@ -28,6 +28,7 @@ from kvlink_rag.store.codec import check_codec, codec_for
 from kvlink_rag.store.database import explained
 from kvlink_rag.store.encryption import Cipher, EncryptionKey
 from kvlink_rag.store.files import ChunkFiles
+from kvlink_rag.store.outbox import Waiting
 from kvlink_rag.store.record import CorruptRecord
 from kvlink_rag.store.settings import NAME as STORE_JSON
 from kvlink_rag.store.settings import Settings
@@ -99,7 +100,7 @@ class FolderStore:
         self._missed = 0
         self._touching = threading.Lock()
         limits = Budget(budget) if isinstance(budget, int) else budget
-        self.watcher: FolderWatcher | None = None
+        self.watcher: FolderWatcher = Waiting(self.path)
         with explained("open the store", self.path):
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700, parents=True)
@@ -429,8 +430,7 @@ class FolderStore:
         self, tx: sqlite3.Connection, temporary: Path, entry: Entry, documents: Iterable[str]
     ) -> Path:
         note = self._publish(tx, temporary, entry, documents)
-        if self.watcher is not None:
-            self.watcher.stored(entry.key)
+        self.watcher.stored(entry.key)
         return note
 
     def _publish(
@@ -487,7 +487,7 @@ class FolderStore:
         self, tx: sqlite3.Connection, documents: Collection[str], keep: Collection[str]
     ) -> int:
         free = sql.let_go(tx, documents, keep)
-        if free and self.watcher is not None:
+        if free:
             self.watcher.released(free)
         for key in free:
             # unlinked before the commit: another process' put of this key waits for the lock
@@ -556,7 +556,7 @@ class FolderStore:
             return found.report(self._files)
 
     def _settle(self, tx: sqlite3.Connection, found: Findings, remove: bool) -> None:
-        if remove and self.watcher is not None:
+        if remove:
             settle(tx, found, self._files, remove=False)
             if found.unreferenced:
                 self.watcher.pruned(found.unreferenced)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from kvlink_rag.store.database import explained
 from kvlink_rag.store.encryption import Cipher, EncryptionKey
 from kvlink_rag.store.files import TEMPORARY, ChunkFiles, State
 from kvlink_rag.store.folder import CATALOG, CHUNKS
+from kvlink_rag.store.outbox import Waiting
 from kvlink_rag.store.record import CorruptRecord, Header
 from kvlink_rag.store.settings import Settings
 
@@ -73,7 +74,7 @@ def migrate(
         files = ChunkFiles(folder / CHUNKS, cipher)
         catalog = Catalog(folder / CATALOG, files.entries)
         try:
-            migration = _Migration(folder, files, catalog, codec)
+            migration = _Migration(folder, files, catalog, codec, Waiting(folder))
             if settings.codec != codec:
                 migration.write(settings.codec, Settings.made(codec, cipher), progress)
             migration.remove_old()
@@ -101,6 +102,8 @@ class _Migration:
     files: ChunkFiles
     catalog: Catalog
     codec: str
+    waiting: Waiting
+    """For the folder's remote, if it has one."""
     moved: dict[str, str] = field(default_factory=dict)
     """New keys of the caches that were rewritten, by old key."""
 
@@ -184,6 +187,7 @@ class _Migration:
         if not self.files.has(key):
             return None  # released or evicted meanwhile
         sql.add(tx, entry, sql.holders(tx, key))
+        self.waiting.stored(entry.key)
         self.moved[key] = entry.key
         return None if temporary is None else self.files.publish(temporary, entry.key)
 
@@ -192,13 +196,20 @@ class _Migration:
         old = [header.key for header in self._headers() if header.codec != self._codec_of(header)]
         for start in range(0, len(old), BATCH):
             batch = old[start : start + BATCH]
-            self.catalog.write(partial(_forget, keys=batch))
+            self.catalog.write(partial(self._forget, keys=batch))
             # after the commit: a file without a row is found again, a row without its file is not
             for key in batch:
                 self.files.remove(key)
         for path in list(self.files.paths()):
             if TEMPORARY.fullmatch(path.name) and self.files.state(path) is State.STRAY:
                 path.unlink(missing_ok=True)
+
+    def _forget(self, tx: sqlite3.Connection, keys: Collection[str]) -> None:
+        """Drop entries, and the references of documents to them."""
+        self.waiting.pruned(keys)
+        for key in keys:
+            sql.forget_holders(tx, key)
+            sql.drop(tx, key)
 
     def _codec_of(self, header: Header) -> str:
         return codec_for(self.codec, header.dtype)
@@ -220,10 +231,3 @@ class _Migration:
             f"cannot migrate {self.folder}: {self.files.path(key)} is damaged ({reason}); remove "
             f"it with `kvlink store prune {self.folder}`, it will be computed anew, and run again"
         )
-
-
-def _forget(tx: sqlite3.Connection, keys: Iterable[str]) -> None:
-    """Drop entries, and the references of documents to them."""
-    for key in keys:
-        sql.forget_holders(tx, key)
-        sql.drop(tx, key)

@@ -17,14 +17,13 @@ from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.store.base import StoreCheck, StoreStat
 from kvlink_rag.store.folder import FolderStore
 from kvlink_rag.store.guard import Guard
-from kvlink_rag.store.outbox import Operation, Outbox
+from kvlink_rag.store.outbox import MOST_UPLOADS, NAME, Operation, Outbox
 from kvlink_rag.store.record import CorruptRecord
 from kvlink_rag.store.remote import Remote, RemoteError, RemoteRefused
 from kvlink_rag.store.uploads import Uploader
 
 TIMEOUT_S = 5.0
 RETRY_S = 30.0
-MOST_UPLOADS = 100_000
 DOWNLOADS = 32
 """At a time; what is asked for beyond is computed."""
 CLOSE_S = 5.0
@@ -74,7 +73,7 @@ class RemoteTier:
         self._timeout_s = timeout_s
         self._stopped = self._closed = False
         self._guard = Guard(remote, retry_s)
-        made = not (path := folder.path / "outbox.sqlite").exists()
+        made = not (path := folder.path / NAME).exists()
         self._outbox = Outbox(path, most_uploads)
         if made and remote.writable:
             self._upload(Operation.WRITE, folder.keys())
