@@ -66,17 +66,18 @@ def write_archive(
     ):
         path, within = source, ""
         names: list[Path] = []
-        if is_index(source):
-            catalog = IndexCatalog(source)
-            stack.callback(catalog.close)
-            if not catalog.readonly:
-                stack.enter_context(catalog.only_writer())
-            catalog.copy_to(Path(scratch, FILE))
-            names.append(Path(scratch, FILE))
-            path, within = source / CACHES, f"{CACHES}/"
-        store = FolderStore(path)
-        stack.callback(store.close)
-        copy = store.copy_catalog(Path(scratch))
+        with contextlib.ExitStack() as writing:  # only until rows and caches are copied as they fit
+            if is_index(source):
+                catalog = IndexCatalog(source)
+                stack.callback(catalog.close)
+                if not catalog.readonly:
+                    writing.enter_context(catalog.only_writer())
+                catalog.copy_to(Path(scratch, FILE))
+                names.append(Path(scratch, FILE))
+                path, within = source / CACHES, f"{CACHES}/"
+            store = FolderStore(path)
+            stack.callback(store.close)
+            copy = store.copy_catalog(Path(scratch))
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
             count = _add_caches(tar, store, copy, within, progress)
@@ -139,6 +140,7 @@ def read_archive(
         new.mkdir(mode=0o700)
         try:
             _extract(file, source, new)
+            _check_one(new, source)
             check = _verified(new, source, progress)
             os.replace(new, target)  # an empty folder gives way
             sync_folder(target.parent)
@@ -152,7 +154,8 @@ def _extract(file: object, source: Path, folder: Path) -> None:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
             for member in tar:
-                if not member.isreg() or not MEMBER.fullmatch(member.name):
+                # a sparse one takes as much disk as it says, from an archive of any size
+                if not member.isreg() or member.issparse() or not MEMBER.fullmatch(member.name):
                     raise InputError(f"{source} is no archive of kvlink: it has {member.name!r}")
                 path = folder / member.name
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -165,12 +168,21 @@ def _extract(file: object, source: Path, folder: Path) -> None:
                     os.fsync(descriptor)
                 if path.stat().st_size != member.size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
-    except (tarfile.TarError, EOFError) as error:
+    except InputError:
+        raise  # which is a ValueError, too
+    except (tarfile.TarError, EOFError, ValueError) as error:  # of a number that makes no sense
         raise InputError(f"{source} is no whole archive of kvlink ({error}): copy it again") from (
             error
         )
     except FileExistsError as error:
         raise InputError(f"{source} has a file twice: {error.filename}") from error
+
+
+def _check_one(folder: Path, source: Path) -> None:
+    """Refuse what would stay without having been verified: a store beside an index, or in one."""
+    names = {path.name for path in folder.iterdir()}
+    if names & {FILE, CACHES} and names - {FILE, CACHES}:
+        raise InputError(f"{source} is no archive of kvlink: it is both an index and a store")
 
 
 def _verified(folder: Path, source: Path, progress: Progress | None) -> StoreCheck:

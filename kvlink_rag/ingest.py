@@ -22,7 +22,7 @@ from kvlink_rag.prompt import DEFAULT_BEHIND, PromptTemplate, render_chunk
 
 if TYPE_CHECKING:
     from kvlink_rag.index import KVIndex
-    from kvlink_rag.store import KVStore
+    from kvlink_rag.store import EncryptionKey, KVStore
 
 BATCH_CHUNKS = 64
 """Chunks added at once: small files are encoded together, large ones show their progress."""
@@ -182,7 +182,10 @@ def carry_out(
 
 
 def settle(
-    folder: str | os.PathLike[str], codec: str | None = None, remote: str | None = None
+    folder: str | os.PathLike[str],
+    codec: str | None = None,
+    encryption_key: EncryptionKey | None = None,
+    remote: str | None = None,
 ) -> int:
     """Finish what earlier runs left undone, without a model, where there is nothing else to do.
 
@@ -190,7 +193,8 @@ def settle(
         uploads and deletions that the remote has not taken.
 
     Raises:
-        InputError: the index has another codec, or the remote's URL cannot be used.
+        InputError: the index has another codec or key, or is not encrypted; or the remote's URL
+            cannot be used.
         StoreError: the index cannot be written.
     """
     from kvlink_rag.index_catalog import CACHES, IndexCatalog
@@ -200,7 +204,9 @@ def settle(
     try:
         if catalog.readonly:
             return 0
-        store = open_store(catalog.folder / CACHES, codec=codec, remote=remote)
+        store = open_store(
+            catalog.folder / CACHES, codec=codec, encryption_key=encryption_key, remote=remote
+        )
         try:
             with catalog.only_writer():
                 catalog.finish_releases(store)

@@ -174,20 +174,20 @@ def _update(
     """Carry a plan out; the model is loaded only when there is something to do."""
     from kvlink_rag.index_catalog import IndexCatalog
     from kvlink_rag.ingest import Summary, carry_out, settle
+    from kvlink_rag.store import env_key
 
+    key = env_key if encrypt else None
     # another one of these for the same caches; all else of a plan's settings means work to do
     chosen = {"adapter": splitting.adapter, "cache_after": str(cache_after)}
     if plan.nothing_to_do:
-        waiting = settle(out, None if codec == "auto" else codec, remote)
+        waiting = settle(out, None if codec == "auto" else codec, key, remote)
         catalog = IndexCatalog(out)
         if any((catalog.meta(name) or "") != value for name, value in chosen.items()):
             catalog.set_meta(chosen)
         catalog.close()
         return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped, waiting=waiting)
     from kvlink_rag.index import KVIndex
-    from kvlink_rag.store import env_key
 
-    key = env_key if encrypt else None
     engine = load_engine(splitting.model, splitting.adapter, cache_after)
     with KVIndex.open(out, engine, codec=codec, encryption_key=key, remote=remote) as opened:
         settings = {"chunk_tokens": str(splitting.tokens), "overlap": str(splitting.overlap)}

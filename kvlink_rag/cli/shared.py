@@ -92,7 +92,7 @@ def parse_size(text: str) -> int:
     unit = UNITS.get((match[2] or "B").upper()) if match else None
     try:
         size = int(float(match[1]) * unit) if match and unit else 0
-    except ValueError:
+    except (ValueError, OverflowError):  # two points, or so many digits that it is infinite
         size = 0
     if size < 1:
         raise InputError(f"{text!r} is no size: write it as 500MB, 1.5GiB or a number of bytes")

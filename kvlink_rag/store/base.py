@@ -32,7 +32,7 @@ class Budget:
             cache counts in every namespace it is referred to from.
 
     Raises:
-        InputError: a limit is no int >= 1, or a namespace has no name.
+        InputError: a limit is no int >= 1 that SQLite can hold, or a namespace has no name.
     """
 
     max_bytes: int | None = None
@@ -43,8 +43,10 @@ class Budget:
         limits = {"max_bytes": self.max_bytes, "document_bytes": self.document_bytes}
         limits = {name: limit for name, limit in limits.items() if limit is not None}
         for name, limit in (limits | dict(self.namespaces)).items():
-            if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-                raise InputError(f"{name} is {limit!r}: pass a number of bytes, an int >= 1")
+            if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit < 2**63:
+                raise InputError(
+                    f"{name} is {limit!r}: pass a number of bytes, an int >= 1 (and below 2**63)"
+                )
         if not all(isinstance(name, str) and name for name in self.namespaces):
             raise InputError("a namespace has no name: for all documents, set max_bytes")
 

@@ -246,6 +246,16 @@ def referred(tx: sqlite3.Connection, key: str) -> bool:
     return tx.execute("SELECT 1 FROM refs WHERE key = ? LIMIT 1", (key,)).fetchone() is not None
 
 
+def holders(tx: sqlite3.Connection, key: str) -> list[str]:
+    """The documents that refer to this key."""
+    return [row[0] for row in tx.execute("SELECT document FROM refs WHERE key = ?", (key,))]
+
+
+def forget_holders(tx: sqlite3.Connection, key: str) -> None:
+    """Remove all references to this key."""
+    tx.execute("DELETE FROM refs WHERE key = ?", (key,))
+
+
 def touch(tx: sqlite3.Connection, entry: Entry) -> bool:
     """Note uses; False when there is no such entry."""
     cursor = tx.execute(

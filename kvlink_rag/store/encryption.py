@@ -4,13 +4,16 @@ What is sealed: the whole of each chunk file, that is keys, values, token ids, t
 fingerprint and how it is written. What is not: the catalog, which holds document ids, cache keys
 (a digest over model and tokens: who guesses a text can confirm it), sizes, times and fingerprints;
 and the codec. A file is bound to its cache's key: one that was changed, cut or given the name of
-another does not open. AES-GCM allows about four thousand million files for one key.
+another does not open. On a remote a file's name is derived with the encryption key, so that those
+who share one without sharing a key never meet. AES-GCM allows about four thousand million files
+for one key.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import os
 import re
 from collections.abc import Callable
@@ -56,6 +59,16 @@ class Cipher:
                 "pip install 'kvlink-rag[encryption]'"
             ) from error
         self._aes = AESGCM(given)
+        # another key than for sealing: what is told by names says nothing of it
+        self._naming = hmac.digest(given, MAGIC + b"names", "sha256")
+
+    def name(self, key: str) -> str:
+        """What a cache is called where others may be that do not have the encryption key.
+
+        As many hex digits, different for each encryption key: nobody takes it for his own, and who
+        guesses a text cannot confirm it.
+        """
+        return hmac.digest(self._naming, key.encode(), "sha256").hex()
 
     def seal(self, data: bytes, bound: str) -> list[bytes]:
         """The parts of sealed data, one after the other.

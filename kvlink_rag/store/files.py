@@ -90,6 +90,10 @@ class ChunkFiles:
             raise InputError(f"{key!r} is no key of a chunk cache: keys are 64 hex digits")
         return self.folder / key[:2] / f"{key}{self._suffix}"
 
+    def shared_name(self, key: str) -> str:
+        """What the file under ``key`` is called in a place that other folders use, too."""
+        return key if self._cipher is None else self._cipher.name(key)
+
     def has(self, key: str) -> bool:
         """Whether there is a file under ``key``; its contents are not looked at."""
         path = self.path(key)

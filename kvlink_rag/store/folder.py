@@ -28,6 +28,7 @@ from kvlink_rag.store.codec import check_codec, codec_for
 from kvlink_rag.store.database import explained
 from kvlink_rag.store.encryption import Cipher, EncryptionKey
 from kvlink_rag.store.files import ChunkFiles
+from kvlink_rag.store.outbox import Waiting
 from kvlink_rag.store.record import CorruptRecord
 from kvlink_rag.store.settings import NAME as STORE_JSON
 from kvlink_rag.store.settings import Settings
@@ -99,7 +100,7 @@ class FolderStore:
         self._missed = 0
         self._touching = threading.Lock()
         limits = Budget(budget) if isinstance(budget, int) else budget
-        self.watcher: FolderWatcher | None = None
+        self.watcher: FolderWatcher = Waiting(self.path)
         with explained("open the store", self.path):
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700, parents=True)
@@ -126,6 +127,8 @@ class FolderStore:
             record = self._files.read(key)
         except (FileNotFoundError, NotADirectoryError):
             self._count(None)
+            with contextlib.suppress(OSError, StoreError):  # put says it
+                self._renew_codec()
             return None
         except CorruptRecord as reason:
             self._drop_corrupt(key)
@@ -144,8 +147,8 @@ class FolderStore:
 
         Raises:
             InputError: keys and values do not fit the tokens, or are another codec's.
-            StoreError: it could not be written, has no room in the budget, or the codec cannot hold
-                its numbers; nothing is left behind.
+            StoreError: it could not be written, has no room in the budget, the codec cannot hold
+                its numbers, or the folder was migrated meanwhile; nothing is left behind.
         """
         self._check_writable()
         self._flush()  # what is evicted depends on the uses
@@ -153,10 +156,15 @@ class FolderStore:
         temporary: Path | None = None
         try:
             with explained("store a chunk cache in", self.path):
-                codec = codec_for(self.codec, record.keys.dtype)
+                codec = codec_for(self._renew_codec(), record.keys.dtype)
                 temporary, nbytes = self._files.write(record, codec)
                 entry = _entry(record.key_as(codec), record, nbytes)
-                note = self._catalog.write(lambda tx: self._store(tx, temporary, entry, documents))
+
+                def store(tx: sqlite3.Connection) -> Path:
+                    self._check_codec(record, codec)
+                    return self._store(tx, temporary, entry, documents)
+
+                note = self._catalog.write(store)
             with contextlib.suppress(OSError):
                 note.unlink()
         except BaseException:
@@ -187,6 +195,7 @@ class FolderStore:
             assert temporary is not None
             if not wanted():
                 return None
+            self._check_codec(record, record.codec)
             return self._publish(tx, temporary, _entry(key, record, len(data)), ())
 
         try:
@@ -211,6 +220,10 @@ class FolderStore:
                 return self._files.path(key).read_bytes()
             except FileNotFoundError:
                 return None
+
+    def shared_name(self, key: str) -> str:
+        """What a cache is called on a remote: of an encrypted folder, only the key tells."""
+        return self._files.shared_name(key)
 
     def keys(self) -> set[str]:
         """The keys of all entries, from the catalog."""
@@ -400,12 +413,24 @@ class FolderStore:
         files = ChunkFiles(self.path / CHUNKS, settings.cipher(self.path, cipher))
         return settings.codec, files, Catalog(self.path / CATALOG, files.entries)
 
+    def _renew_codec(self) -> str:
+        """The codec that the folder has now: another process may have migrated it."""
+        self.codec = Settings.read(self.path).codec
+        return self.codec
+
+    def _check_codec(self, record: ChunkKV, codec: str) -> None:
+        """As the only writer, refuse what was written before a migration that is through now."""
+        if codec_for(self._renew_codec(), record.keys.dtype) != codec:
+            raise StoreError(
+                f"{self.path} was migrated to codec {self.codec!r} by another process just now: "
+                "store the chunk cache again"
+            )
+
     def _store(
         self, tx: sqlite3.Connection, temporary: Path, entry: Entry, documents: Iterable[str]
     ) -> Path:
         note = self._publish(tx, temporary, entry, documents)
-        if self.watcher is not None:
-            self.watcher.stored(entry.key)
+        self.watcher.stored(entry.key)
         return note
 
     def _publish(
@@ -462,7 +487,7 @@ class FolderStore:
         self, tx: sqlite3.Connection, documents: Collection[str], keep: Collection[str]
     ) -> int:
         free = sql.let_go(tx, documents, keep)
-        if free and self.watcher is not None:
+        if free:
             self.watcher.released(free)
         for key in free:
             # unlinked before the commit: another process' put of this key waits for the lock
@@ -531,7 +556,7 @@ class FolderStore:
             return found.report(self._files)
 
     def _settle(self, tx: sqlite3.Connection, found: Findings, remove: bool) -> None:
-        if remove and self.watcher is not None:
+        if remove:
             settle(tx, found, self._files, remove=False)
             if found.unreferenced:
                 self.watcher.pruned(found.unreferenced)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from kvlink_rag.store.database import explained
 from kvlink_rag.store.encryption import Cipher, EncryptionKey
 from kvlink_rag.store.files import TEMPORARY, ChunkFiles, State
 from kvlink_rag.store.folder import CATALOG, CHUNKS
+from kvlink_rag.store.outbox import Waiting
 from kvlink_rag.store.record import CorruptRecord, Header
 from kvlink_rag.store.settings import Settings
 
@@ -43,8 +44,8 @@ def migrate(
     disk leaves a folder that works as before: run it again to finish it, or with the folder's own
     codec to undo it.
 
-    Nobody else may write to the folder meanwhile: what a store that was opened before stores
-    afterwards has the old codec and is never found. Close such stores and open them again.
+    Others may read and write the folder meanwhile: what they store is rewritten too, and stores
+    that are open take the new codec over when they next store something or miss it.
 
     Args:
         path: of a folder with codec ``raw`` or, for a model in bfloat16, ``bf16``.
@@ -73,10 +74,9 @@ def migrate(
         files = ChunkFiles(folder / CHUNKS, cipher)
         catalog = Catalog(folder / CATALOG, files.entries)
         try:
-            migration = _Migration(folder, files, catalog, codec)
+            migration = _Migration(folder, files, catalog, codec, Waiting(folder))
             if settings.codec != codec:
-                migration.write(settings.codec, progress)
-                Settings.made(codec, cipher).write(folder)
+                migration.write(settings.codec, Settings.made(codec, cipher), progress)
             migration.remove_old()
             return catalog.read(sql.stat)
         finally:
@@ -102,20 +102,39 @@ class _Migration:
     files: ChunkFiles
     catalog: Catalog
     codec: str
+    waiting: Waiting
+    """For the folder's remote, if it has one."""
+    moved: dict[str, str] = field(default_factory=dict)
+    """New keys of the caches that were rewritten, by old key."""
 
-    def write(self, old: str, progress: Callable[[int, int], None] | None) -> None:
-        """Write every cache of the old codec with the new one, beside its old file."""
+    def write(self, old: str, new: Settings, progress: Callable[[int, int], None] | None) -> None:
+        """Write every cache of the old codec with the new one, beside its old file; then switch."""
         if old not in (RAW, "bf16"):
             raise InputError(
                 f"the store {self.folder} has codec {old!r}: what went through it cannot become "
                 f"{self.codec!r}; index again into a new folder"
             )
+        looked_at = self.catalog.read(sql.keys)
         keys = [header.key for header in self._headers() if self._is_source(header, old)]
-        holders = self._holders()
         for done, key in enumerate(keys, start=1):
-            self._rewrite(key, holders.get(key, []))
+            self._rewrite(key)
             if progress is not None:
                 progress(done, len(keys))
+        looked_at |= set(keys)
+        while late := self.catalog.write(partial(self._switch, new=new, looked_at=looked_at)):
+            for header in self._headers(late):
+                if self._is_source(header, old):
+                    self._rewrite(header.key)
+            looked_at |= late
+
+    def _switch(self, tx: sqlite3.Connection, new: Settings, looked_at: set[str]) -> set[str]:
+        """As the only writer, change what the folder is, or say what was stored meanwhile."""
+        late = sql.keys(tx) - looked_at - set(self.moved.values())
+        if not late:
+            for old_key, new_key in self.moved.items():  # documents that came meanwhile
+                sql.refer(tx, [(document, new_key) for document in sql.holders(tx, old_key)])
+            new.write(self.folder)
+        return late
 
     def _is_source(self, header: Header, old: str) -> bool:
         """Whether a file is to be rewritten; refuses what cannot be."""
@@ -134,17 +153,19 @@ class _Migration:
             )
         return True
 
-    def _rewrite(self, key: str, documents: Iterable[str]) -> None:
+    def _rewrite(self, key: str) -> None:
         """Write one cache anew, unless a migration before this one has."""
         try:
             record = self.files.read(key)
+            used = self.files.path(key).stat().st_mtime
+        except FileNotFoundError:
+            return  # released or evicted meanwhile
         except CorruptRecord as reason:
             raise self._damaged(key, reason) from reason
         codec = codec_for(self.codec, record.keys.dtype)
         new = record.key_as(codec)
         if new == key:
             return
-        used = self.files.path(key).stat().st_mtime
         temporary = None
         try:
             if self.files.has(new):
@@ -152,33 +173,30 @@ class _Migration:
             else:
                 temporary, nbytes = self.files.write(record, codec)
             entry = Entry(new, len(record.token_ids), nbytes, record.fingerprint, used)
-            note = self.catalog.write(lambda tx: self._publish(tx, temporary, entry, documents))
+            note = self.catalog.write(lambda tx: self._publish(tx, key, temporary, entry))
             if note is not None:
                 note.unlink()
-        except BaseException:
-            if temporary is not None:
+        finally:
+            if temporary is not None:  # under its own name when it was not published
                 with suppress(OSError):
                     temporary.unlink()
-            raise
 
     def _publish(
-        self,
-        tx: sqlite3.Connection,
-        temporary: Path | None,
-        entry: Entry,
-        documents: Iterable[str],
+        self, tx: sqlite3.Connection, key: str, temporary: Path | None, entry: Entry
     ) -> Path | None:
-        sql.add(tx, entry, documents)
+        if not self.files.has(key):
+            return None  # released or evicted meanwhile
+        sql.add(tx, entry, sql.holders(tx, key))
+        self.waiting.stored(entry.key)
+        self.moved[key] = entry.key
         return None if temporary is None else self.files.publish(temporary, entry.key)
 
     def remove_old(self) -> None:
         """Remove what has another codec than the folder, and what killed migrations left."""
         old = [header.key for header in self._headers() if header.codec != self._codec_of(header)]
-        holders = self._holders()
         for start in range(0, len(old), BATCH):
-            batch = set(old[start : start + BATCH])
-            documents = {document for key in batch for document in holders.get(key, ())}
-            self.catalog.write(partial(_forget, keys=batch, documents=documents))
+            batch = old[start : start + BATCH]
+            self.catalog.write(partial(self._forget, keys=batch))
             # after the commit: a file without a row is found again, a row without its file is not
             for key in batch:
                 self.files.remove(key)
@@ -186,22 +204,25 @@ class _Migration:
             if TEMPORARY.fullmatch(path.name) and self.files.state(path) is State.STRAY:
                 path.unlink(missing_ok=True)
 
+    def _forget(self, tx: sqlite3.Connection, keys: Collection[str]) -> None:
+        """Drop entries, and the references of documents to them."""
+        self.waiting.pruned(keys)
+        for key in keys:
+            sql.forget_holders(tx, key)
+            sql.drop(tx, key)
+
     def _codec_of(self, header: Header) -> str:
         return codec_for(self.codec, header.dtype)
 
-    def _holders(self) -> dict[str, list[str]]:
-        """The documents that refer to a key."""
-        holders: dict[str, list[str]] = {}
-        for document, key in self.catalog.read(lambda tx: list(sql.references(tx))):
-            holders.setdefault(key, []).append(document)
-        return holders
-
-    def _headers(self) -> Iterator[Header]:
-        """Of every cache in the folder, whether the catalog knows it or not."""
-        for path in list(self.files.paths()):
-            if (key := self.files.key_of(path)) is not None:
+    def _headers(self, keys: Iterable[str] | None = None) -> Iterator[Header]:
+        """Of these caches, or of all in the folder, whether the catalog knows them or not."""
+        found = map(self.files.key_of, list(self.files.paths())) if keys is None else keys
+        for key in found:
+            if key is not None:
                 try:
                     yield self.files.header(key)
+                except FileNotFoundError:
+                    continue  # released or evicted meanwhile
                 except CorruptRecord as reason:
                     raise self._damaged(key, reason) from reason
 
@@ -210,12 +231,3 @@ class _Migration:
             f"cannot migrate {self.folder}: {self.files.path(key)} is damaged ({reason}); remove "
             f"it with `kvlink store prune {self.folder}`, it will be computed anew, and run again"
         )
-
-
-def _forget(tx: sqlite3.Connection, keys: set[str], documents: set[str]) -> None:
-    """Drop entries, and the references of documents to them."""
-    for document in documents:
-        found = {key for name, key in sql.references(tx, document) if name == document}
-        sql.let_go(tx, [document], found - keys)
-    for key in keys:
-        sql.drop(tx, key)

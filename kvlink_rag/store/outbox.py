@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from kvlink_rag.store.database import Database, explained
 
 NAME = "outbox.sqlite"
+MOST_UPLOADS = 100_000
 VERSION = 1
 SCHEMA = """
 CREATE TABLE tasks (key TEXT PRIMARY KEY, operation TEXT NOT NULL, number INTEGER) WITHOUT ROWID;
@@ -117,6 +119,11 @@ class Outbox:
         """Of these, the keys that this folder writes or has written."""
         return [key for key in keys if self.operation(key) not in (None, Operation.DELETE)]
 
+    def is_used(self) -> bool:
+        """Whether anything was ever to be done: never for a remote that can only be read."""
+        with explained("read", self.path), self._database.reading() as tx:
+            return tx.execute("SELECT 1 FROM tasks LIMIT 1").fetchone() is not None
+
     def __len__(self) -> int:
         """Tasks that are yet to be done."""
         with explained("read", self.path), self._database.reading() as tx:
@@ -140,3 +147,43 @@ class Outbox:
         return tx.execute(
             f"DELETE FROM tasks WHERE key IN ({oldest})", (count - self.most,)
         ).rowcount
+
+
+class Waiting:
+    """Has changes wait for the remote of a folder that is being used without it.
+
+    A :class:`~kvlink_rag.store.folder.FolderWatcher`: the next process with the remote does what
+    is left. Where the folder has no remote, nothing is noted.
+
+    Args:
+        folder: of the store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / NAME
+
+    def stored(self, key: str) -> None:
+        """Have a cache uploaded."""
+        with self._outbox() as outbox:
+            if outbox is not None:
+                outbox.add(Operation.WRITE, [key])
+
+    def released(self, keys: Collection[str]) -> None:
+        """Have objects deleted."""
+        with self._outbox() as outbox:
+            if outbox is not None:
+                outbox.add(Operation.DELETE, keys)
+
+    def pruned(self, keys: Collection[str]) -> None:
+        """Have those objects deleted that this folder has put there."""
+        with self._outbox() as outbox:
+            if outbox is not None:
+                outbox.add(Operation.DELETE, outbox.own(keys))
+
+    @contextmanager
+    def _outbox(self) -> Iterator[Outbox | None]:
+        if not self._path.exists():
+            yield None
+            return
+        with closing(Outbox(self._path, MOST_UPLOADS)) as outbox:
+            yield outbox if outbox.is_used() else None

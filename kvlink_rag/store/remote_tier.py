@@ -17,15 +17,13 @@ from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.store.base import StoreCheck, StoreStat
 from kvlink_rag.store.folder import FolderStore
 from kvlink_rag.store.guard import Guard
-from kvlink_rag.store.outbox import NAME as OUTBOX
-from kvlink_rag.store.outbox import Operation, Outbox
+from kvlink_rag.store.outbox import MOST_UPLOADS, NAME, Operation, Outbox
 from kvlink_rag.store.record import CorruptRecord
 from kvlink_rag.store.remote import Remote, RemoteError, RemoteRefused
 from kvlink_rag.store.uploads import Uploader
 
 TIMEOUT_S = 5.0
 RETRY_S = 30.0
-MOST_UPLOADS = 100_000
 PROGRESS_S = 0.5
 """Between two words about uploads that are waited for."""
 DOWNLOADS = 32
@@ -79,7 +77,7 @@ class RemoteTier:
         self._timeout_s = timeout_s
         self._stopped = self._closed = False
         self._guard = Guard(remote, retry_s)
-        made = not (path := folder.path / OUTBOX).exists()
+        made = not (path := folder.path / NAME).exists()
         self._outbox = Outbox(path, most_uploads)
         if made and remote.writable:
             self._upload(Operation.WRITE, folder.keys())
@@ -300,9 +298,9 @@ class RemoteTier:
             return False
 
     def _is_on_remote(self, key: str) -> bool:
-        started = time.monotonic()
+        started, name = time.monotonic(), self.folder.shared_name(key)
         try:
-            found = self._guard.call(lambda: self.remote.has(key))
+            found = self._guard.call(lambda: self.remote.has(name))
         except RemoteError as error:
             self._note_trouble(error)
             return False
@@ -345,9 +343,9 @@ class RemoteTier:
             download.set_result(record)
 
     def _read(self, key: str) -> bytes | None:
-        started = time.monotonic()
+        started, name = time.monotonic(), self.folder.shared_name(key)
         try:
-            data = self._guard.call(lambda: self.remote.read(key))
+            data = self._guard.call(lambda: self.remote.read(name))
         except RemoteError as error:
             self._note_trouble(error)
             return None

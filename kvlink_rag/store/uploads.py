@@ -170,16 +170,17 @@ class Uploader:
 
     def _attempt(self, task: Task) -> bool:
         """Do a task once; False when there is nothing to upload any more."""
-        key, remote, call = task.key, self._guard.remote, self._guard.call
+        name = self._folder.shared_name(task.key)
+        remote, call = self._guard.remote, self._guard.call
         if task.operation is Operation.DELETE:
-            call(lambda: remote.delete(key))
+            call(lambda: remote.delete(name))
             return True
-        if task.operation is Operation.WRITE and call(lambda: remote.has(key)):
+        if task.operation is Operation.WRITE and call(lambda: remote.has(name)):
             return True  # a key stands for its contents
-        data = self._folder.file_bytes(key)
+        data = self._folder.file_bytes(task.key)
         if data is None:
             return False
-        call(lambda: remote.write(key, data))
+        call(lambda: remote.write(name, data))
         return True
 
     def _is_worth_another(self, error: BaseException) -> bool:

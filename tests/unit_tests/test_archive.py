@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from kvlink_rag.store import FolderStore
 
 CHUNKS = [Chunk(f"Fact {i} is {i * i}.", id=f"é-{i}", metadata={"n": i}) for i in range(12)]
 QUESTION = "What is fact 3?"
+SIZE = b"%011o\0" % 300_000_000
+"""That a sparse member says it has."""
 
 
 def embeddings(texts):
@@ -107,6 +110,24 @@ def test_what_is_removed_while_it_is_written_is_not_missed(made: Path, tmp_path:
     there.close()
 
 
+def test_an_index_is_written_to_while_it_is_exported(archive: Path, tmp_path: Path) -> None:
+    read_archive(archive, tmp_path / "copy")
+    index = KVIndex.open(tmp_path / "copy", tiny.engine(), embeddings=embeddings)
+    other = ThreadPoolExecutor(1)
+
+    def change(done: int, total: int) -> None:
+        if done == 1:
+            other.submit(index.delete, ["é-2"]).result(30)
+            other.submit(index.add, ["A new fact."], progress=False).result(30)
+
+    write_archive(tmp_path / "copy", tmp_path / "b.tar", change)
+    other.shutdown()
+    index.close()
+    read_archive(tmp_path / "b.tar", tmp_path / "there")
+    with KVIndex.open(tmp_path / "there", tiny.engine(), embeddings=embeddings) as there:
+        assert there.ids() == [chunk.id for chunk in CHUNKS]  # as they were
+
+
 def rewritten(archive: Path, path: Path, **changes: bytes | None) -> Path:
     """A copy with files changed, left out (None) or added."""
     with tarfile.open(archive) as old, tarfile.open(path, "w") as new:
@@ -155,6 +176,45 @@ def test_only_files_are_taken(tmp_path: Path, kind: bytes) -> None:
         member.type, member.linkname = kind, "/etc/passwd"
         tar.addfile(member)
     refused(tmp_path / "a.tar", tmp_path, "is no archive")
+
+
+def header(name: str, kind: bytes, size: int, tail: bytes = b"") -> bytes:
+    """One of tar, with numbers that the module tarfile would not write."""
+    member = tarfile.TarInfo(name)
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"\xff" + size.to_bytes(11, "big", signed=True)
+    block[156:157] = kind
+    block[386 : 386 + len(tail)] = tail
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def test_a_small_archive_cannot_fill_the_disk(tmp_path: Path) -> None:
+    places = b"%011o\0%011o\0" % (0, 512)  # one piece of 512 bytes, the rest is a hole
+    sparse = header("store.json", tarfile.GNUTYPE_SPARSE, 512, places.ljust(97, b"\0") + SIZE)
+    (tmp_path / "bad.tar").write_bytes(sparse + b"{}".ljust(512) + bytes(1024))
+    with pytest.raises(InputError, match=r"no archive of kvlink: it has 'store\.json'"):
+        read_archive(tmp_path / "bad.tar", tmp_path / "there")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+def test_impossible_numbers_are_damage(tmp_path: Path, kind: bytes) -> None:
+    (tmp_path / "bad.tar").write_bytes(header("store.json", kind, -512) + bytes(2048))
+    with pytest.raises(InputError, match="no whole archive"):
+        read_archive(tmp_path / "bad.tar", tmp_path / "there")
+
+
+@pytest.mark.parametrize("name", ["chunks/ab/ab" + "0" * 62 + ".safetensors", "catalog.sqlite"])
+def test_nothing_lies_beside_an_index(archive: Path, tmp_path: Path, name: str) -> None:
+    refused(rewritten(archive, tmp_path / "bad.tar", **{name: b"?"}), tmp_path, "both")
+
+
+def test_nothing_lies_beside_a_store(made: Path, tmp_path: Path) -> None:
+    write_archive(made / "kv", tmp_path / "kv.tar")
+    bad = rewritten(tmp_path / "kv.tar", tmp_path / "bad.tar", **{"index.sqlite": b"?"})
+    (tmp_path / "kv.tar").unlink()
+    refused(bad, tmp_path, "both")
 
 
 def test_damage_is_found(archive: Path, tmp_path: Path) -> None:

@@ -519,6 +519,16 @@ def test_uploads_wait_for_a_remote_that_is_down(shell: Shell, tmp_path: Path) ->
     assert list((tmp_path / "shared").rglob("*.safetensors"))
 
 
+def test_encryption_asked_for_is_never_left_out(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    monkeypatch.setenv("KVLINK_STORE_KEY", "5e" * 32)
+    # nothing has changed, and yet this is no success
+    assert "made without encryption" in shell.index("--encrypt", code=1).stderr
+
+
 def test_an_archive_is_imported(shell: Shell) -> None:
     shell.write("a.txt", paragraphs("apple"))
     shell.index()
@@ -545,7 +555,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "-1", "0", "1.2.3", "5 apples", "0.1"])
+@pytest.mark.parametrize("text", ["", "MB", "-1", "0", "1.2.3", "5 apples", "0.1", "9" * 400])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(InputError, match="is no size"):
         parse_size(text)

@@ -215,7 +215,7 @@ def test_the_budget_belongs_to_the_folder(three: FolderStore, one: int) -> None:
     other.close()
 
 
-@pytest.mark.parametrize("bad", [0, -1, True, 1.5])
+@pytest.mark.parametrize("bad", [0, -1, True, 1.5, 2**63])
 def test_a_budget_is_a_number_of_bytes(bad: object) -> None:
     with pytest.raises(InputError, match="an int >= 1"):
         Budget(bad)  # type: ignore[arg-type]

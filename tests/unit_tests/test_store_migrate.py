@@ -25,6 +25,7 @@ from kvlink_rag.rope import RopeGroup
 from kvlink_rag.store import FolderStore, StoreStat
 from kvlink_rag.store import migrate as migrate_module
 from kvlink_rag.store.codec import CODECS, codec_for, coded
+from kvlink_rag.store.files import ChunkFiles
 from kvlink_rag.store.migrate import migrate
 
 KEY = bytes(range(32))
@@ -196,6 +197,80 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     ):
         migrate(tmp_path, "int8")
     migrate(tmp_path, "int8")
+
+
+def test_nothing_is_lost_that_is_stored_meanwhile(tmp_path: Path) -> None:
+    fill(tmp_path)
+    other = FolderStore(tmp_path)
+    late = [make_record(100 + number) for number in range(3)]
+
+    def store(done: int, total: int) -> None:
+        if done == 3:
+            other.put(late[0], ["late"])
+            other.refer([("came later", make_record(number).key) for number in range(RECORDS)])
+        if done == total:
+            other.put(late[1], ["late"])
+
+    migrate(tmp_path, "int8", progress=store)
+    other.put(late[2], ["late"])
+    assert other.codec == "int8"
+    assert all(other.get(record.key_as("int8")) for record in late)
+    assert other.references("late") == [
+        ("late", key) for key in sorted(record.key_as("int8") for record in late)
+    ]
+    assert other.references("came later") == [
+        ("came later", key)
+        for key in sorted(make_record(number).key_as("int8") for number in range(RECORDS))
+    ]
+    assert other.verify().checked == RECORDS + 3  # none in the old codec
+    assert other.verify().clean
+    other.close()
+
+
+def test_what_is_released_meanwhile_does_not_come_back(tmp_path: Path) -> None:
+    fill(tmp_path)
+    other = FolderStore(tmp_path)
+
+    def release(done: int, total: int) -> None:
+        if done == 3:
+            for number in range(RECORDS):
+                other.release(documents(number))
+
+    assert migrate(tmp_path, "int8", progress=release).entries == 0
+    assert other.references() == []
+    assert contents(tmp_path) == {}
+    other.close()
+
+
+def test_who_only_reads_finds_the_new_caches(tmp_path: Path) -> None:
+    fill(tmp_path)
+    reader = FolderStore(tmp_path)
+    migrate(tmp_path, "int8")
+    assert reader.get(make_record(1).key) is None
+    assert reader.codec == "int8"  # so that the next one asked for is found
+    reader.close()
+
+
+def test_a_cache_on_its_way_when_the_codec_changes_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    other, write = FolderStore(tmp_path), ChunkFiles.write
+
+    def slow(files: ChunkFiles, record: ChunkKV, codec: str) -> tuple[Path, int]:
+        written = write(files, record, codec)
+        monkeypatch.undo()
+        migrate(tmp_path, "int8")
+        return written
+
+    monkeypatch.setattr(ChunkFiles, "write", slow)
+    with pytest.raises(StoreError, match=r"migrated to codec 'int8'.*again"):
+        other.put(make_record(100), ["late"])
+    other.put(make_record(100), ["late"])
+    assert other.get(make_record(100).key_as("int8")) is not None
+    assert other.verify().clean
+    assert other.verify().checked == RECORDS + 1
+    other.close()
 
 
 def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ import torch
 from kvlink_rag import Chunk
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
+from kvlink_rag.rope import RopeGroup
 from kvlink_rag.store import (
     FolderStore,
     FsspecRemote,
@@ -37,6 +38,7 @@ from kvlink_rag.store import (
     open_store,
     redacted,
 )
+from kvlink_rag.store.migrate import migrate
 from kvlink_rag.store.outbox import Operation, Outbox
 
 ABSENT = "0" * 64
@@ -824,3 +826,87 @@ class TestCredentials:
         )
         text = remote._messages.told(ValueError("hidden4, hidden5 and retries 3: hidden3"))
         assert text == "ValueError: ***, *** and retries 3: ***"
+
+
+@pytest.mark.parametrize("other", [None, b"2" * 32])
+def test_nobody_without_the_key_touches_sealed_objects(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, other: bytes | None
+) -> None:
+    shared, record = Shared(), make_record(1, 2)
+    sealed = RemoteTier(FolderStore(tmp_path / "a", encryption_key=b"1" * 32), shared)
+    sealed.put(record, ["d"])
+    assert sealed.flush(PATIENCE_S)
+    ((name, data),) = shared.objects.items()
+    assert name != record.key  # which who guesses the text could compute
+    foreign = RemoteTier(FolderStore(tmp_path / "b", encryption_key=other), shared)
+    assert foreign.get(record.key) is None
+    foreign.put(record, ["d"])
+    assert foreign.flush(PATIENCE_S)
+    assert foreign.release(["d"]) == 1
+    assert foreign.flush(PATIENCE_S)
+    assert shared.objects == {name: data}
+    foreign.close()
+    with_key = RemoteTier(FolderStore(tmp_path / "c", encryption_key=b"1" * 32), shared)
+    assert with_key.has(record.key)
+    assert with_key.get(record.key) is not None
+    assert with_key.release(["d"]) == 0  # it has no such document
+    assert sealed.release(["d"]) == 1
+    assert sealed.flush(PATIENCE_S)
+    assert not shared.objects
+    with_key.close()
+    sealed.close()
+    assert not recwarn.list
+
+
+class TestAFolderUsedWithoutItsRemote:
+    """By a command, say: what it changes is not lost on the remote."""
+
+    def test_the_next_process_with_it_catches_up(
+        self, machine: Machine, shared: Shared, tmp_path: Path
+    ) -> None:
+        a, b, c = (make_record(number) for number in (1, 2, 3))
+        tier = machine("a")
+        for name, record in (("a", a), ("b", b)):
+            tier.put(record, [name])
+        assert tier.flush(PATIENCE_S)
+        tier.close()
+        folder = FolderStore(tmp_path / "a")
+        folder.release(["a"])
+        folder.put(c, ["c"])
+        folder.put(make_record(4))
+        assert folder.prune().unreferenced == [make_record(4).key]
+        folder.close()
+        assert machine("a").flush(PATIENCE_S)
+        assert set(shared.objects) == {b.key, c.key}
+
+    def test_a_migration_moves_the_objects(
+        self, machine: Machine, shared: Shared, tmp_path: Path
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn((2, 1, 5, 8), generator=generator)
+        rope = (RopeGroup(slice(0, 2), torch.tensor([1.0, 0.1, 0.1, 0.1])),)
+        record = ChunkKV((1, 2, 3, 4, 5), (), "model-a", keys, keys, rope)
+        tier = machine("a")
+        tier.put(record, ["d"])
+        assert tier.flush(PATIENCE_S)
+        tier.close()
+        migrate(tmp_path / "a", "int8")
+        assert machine("a").flush(PATIENCE_S)
+        assert set(shared.objects) == {record.key_as("int8")}
+
+    def test_without_one_nothing_is_noted(self, machine: Machine, tmp_path: Path) -> None:
+        folder = FolderStore(tmp_path / "b")
+        folder.put(make_record(1), ["d"])
+        folder.close()
+        assert not (tmp_path / "b" / "outbox.sqlite").exists()
+        remote = Shared()
+        remote.writable = False
+        with told():
+            machine("b", remote).close()
+        folder = FolderStore(tmp_path / "b")
+        folder.put(make_record(2), ["d"])
+        folder.release(["d"])
+        folder.close()
+        outbox = Outbox(tmp_path / "b" / "outbox.sqlite", 9)
+        assert len(outbox) == 0
+        outbox.close()
