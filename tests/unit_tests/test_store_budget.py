@@ -11,7 +11,14 @@ import torch
 
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, StoreError
-from kvlink_rag.store import Budget, FolderStore
+from kvlink_rag.store import (
+    Budget,
+    FolderStore,
+    MemoryStore,
+    RamTier,
+    RemoteTier,
+    open_store,
+)
 from kvlink_rag.store.catalog import BASE
 
 
@@ -284,3 +291,29 @@ def test_a_folder_of_the_first_version_is_brought_up_to_date(tmp_path: Path, one
     assert store.stat().entries == 2
     assert store.verify().clean
     store.close()
+
+
+@pytest.mark.parametrize("ram_bytes", [0, 10**6])
+@pytest.mark.parametrize("remote", [None, "memory://budgets"])
+def test_what_stands_before_a_folder_passes_it_on(
+    tmp_path: Path, one: int, ram_bytes: int, remote: str | None
+) -> None:
+    """So that code does not change with the options of the store."""
+    store = open_store(tmp_path / "kv", ram_bytes, budget=2 * one, remote=remote)
+    assert isinstance(store, (FolderStore, RamTier, RemoteTier))
+    store.pin(["a"])
+    for number, document in enumerate("ab"):
+        store.put(make_record(number), [document])
+    store.set_budget(Budget(one))
+    assert store.budget == Budget(one)
+    assert store.usage().pinned == 1
+    assert store.stat().entries == 1
+    assert store.pinned() == ["a"]
+    store.unpin(["a"])
+    assert store.pinned() == []
+    store.close()
+
+
+def test_memory_has_no_budget() -> None:
+    with pytest.raises(InputError, match="MemoryStore has no budget"):
+        RamTier(MemoryStore(), 1000).usage()
