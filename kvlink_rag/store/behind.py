@@ -29,7 +29,7 @@ class FolderBehind(ABC):
         self.folder_behind().set_budget(budget)
 
     def usage(self) -> StoreUsage:
-        """How the folder is used: what a tier before it serves is not counted."""
+        """How the folder is used."""
         return self.folder_behind().usage()
 
     def pin(self, documents: Iterable[str]) -> None:

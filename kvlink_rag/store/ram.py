@@ -66,6 +66,8 @@ class RamTier(FolderBehind):
         self.misses = 0
         """Times that it had to ask the store below."""
         self._below = store
+        has_folder = isinstance(store, (FolderStore, FolderBehind))
+        self._folder = self.folder_behind() if has_folder else None
         self._kept: OrderedDict[str, ChunkKV] = OrderedDict()  # least recently used first
         self._stopped = False
         self._closed = False
@@ -107,9 +109,13 @@ class RamTier(FolderBehind):
             if (record := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
                 self.hits += 1
-                return record
-            self.misses += 1
-            request = self._request(key)
+            else:
+                self.misses += 1
+                request = self._request(key)
+        if record is not None:
+            if self._folder is not None:
+                self._folder.count_use(key, record)
+            return record
         try:
             record = self._below.get(key, within_s)
         finally:

@@ -317,3 +317,21 @@ def test_what_stands_before_a_folder_passes_it_on(
 def test_memory_has_no_budget() -> None:
     with pytest.raises(InputError, match="MemoryStore has no budget"):
         RamTier(MemoryStore(), 1000).usage()
+
+
+def test_what_memory_serves_is_in_use(tmp_path: Path, one: int) -> None:
+    folder = FolderStore(tmp_path / "kv", budget=2 * one)
+    store = RamTier(folder, 10**6)
+    records = [make_record(number) for number in range(3)]
+    for record in records[:2]:
+        store.put(record, ["a"])
+    assert store.get(records[0].key) is not None
+    store.flush()  # now it is in memory
+    for _ in range(5):
+        assert store.get(records[0].key) is not None
+    for _ in range(3):
+        assert folder.get(records[1].key) is not None
+    assert store.usage().hits == 9
+    store.put(records[2], ["a"])
+    assert held(folder, records) == [0, 2]
+    store.close()
