@@ -428,10 +428,17 @@ class Prefiller:
 
     def _keep(self, computed: Iterable[Computed]) -> None:
         """Store what an answer had to compute; an answer never fails for want of disk."""
+        failed: StoreError | None = None
         try:
-            self._put(self._worth_keeping(computed))
+            for each in self._worth_keeping(computed):
+                try:
+                    self._put([each])
+                except StoreError as error:  # another one may fit in the budget
+                    failed = failed or error
         except StoreError as error:
-            warnings.warn(f"computed caches are not kept: {error}", KVLinkWarning, stacklevel=3)
+            failed = error
+        if failed is not None:
+            warnings.warn(f"computed caches are not kept: {failed}", KVLinkWarning, stacklevel=3)
 
     def _worth_keeping(self, computed: Iterable[Computed]) -> list[Computed]:
         """Those that have now been asked for often enough (``cache_after``)."""

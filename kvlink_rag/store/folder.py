@@ -142,6 +142,10 @@ class FolderStore:
         self._count(_entry(key, record))
         return record
 
+    def count_use(self, key: str, record: ChunkKV) -> None:
+        """Note that a cache of this folder was got from a copy: what is used is not evicted."""
+        self._count(_entry(key, record))
+
     def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
         """Store under its key with the store's codec, wholly or not at all, for ``documents``.
 

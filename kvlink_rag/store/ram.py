@@ -17,7 +17,9 @@ import torch
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError
 from kvlink_rag.store.base import KVStore, StoreCheck, StoreStat
+from kvlink_rag.store.behind import FolderBehind
 from kvlink_rag.store.codec import codec_for
+from kvlink_rag.store.folder import FolderStore
 
 QUEUE = 256
 """Records that may wait to be copied; what is found while so many wait is not kept."""
@@ -33,7 +35,7 @@ class _Request:
     record: ChunkKV | None = None
 
 
-class RamTier:
+class RamTier(FolderBehind):
     """A :class:`~kvlink_rag.store.base.KVStore` that keeps what was read last from another one.
 
     What is kept costs no disk and no checksum. Anything else is given back as the store below
@@ -64,6 +66,8 @@ class RamTier:
         self.misses = 0
         """Times that it had to ask the store below."""
         self._below = store
+        has_folder = isinstance(store, (FolderStore, FolderBehind))
+        self._folder = self.folder_behind() if has_folder else None
         self._kept: OrderedDict[str, ChunkKV] = OrderedDict()  # least recently used first
         self._stopped = False
         self._closed = False
@@ -80,6 +84,20 @@ class RamTier:
         """The store below."""
         return self._below
 
+    def folder_behind(self) -> FolderStore:
+        """The folder below.
+
+        Raises:
+            InputError: the store below has none.
+        """
+        if isinstance(self._below, FolderStore):
+            return self._below
+        if isinstance(self._below, FolderBehind):
+            return self._below.folder_behind()
+        raise InputError(
+            f"a {type(self._below).__name__} has no budget and no pins: use a folder as store"
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values kept now."""
@@ -91,9 +109,13 @@ class RamTier:
             if (record := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
                 self.hits += 1
-                return record
-            self.misses += 1
-            request = self._request(key)
+            else:
+                self.misses += 1
+                request = self._request(key)
+        if record is not None:
+            if self._folder is not None:
+                self._folder.count_use(key, record)
+            return record
         try:
             record = self._below.get(key, within_s)
         finally:

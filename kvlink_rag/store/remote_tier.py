@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.store.base import StoreCheck, StoreStat
+from kvlink_rag.store.behind import FolderBehind
 from kvlink_rag.store.folder import FolderStore
 from kvlink_rag.store.guard import Guard
 from kvlink_rag.store.outbox import MOST_UPLOADS, NAME, Operation, Outbox
@@ -34,7 +35,7 @@ CLOSE_S = 5.0
 """How long closing waits for uploads; the rest stays in the outbox."""
 
 
-class RemoteTier:
+class RemoteTier(FolderBehind):
     """A :class:`~kvlink_rag.store.base.KVStore`: a folder, and behind it a remote.
 
     What the folder lacks is downloaded into it, and verified there before it is used. What is put
@@ -106,6 +107,10 @@ class RemoteTier:
             StoreError: the outbox cannot be read.
         """
         return len(self._outbox)
+
+    def folder_behind(self) -> FolderStore:
+        """The folder."""
+        return self.folder
 
     def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
         """The cache under ``key``, from the folder or else the remote; None when it does not come.

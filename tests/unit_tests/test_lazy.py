@@ -8,6 +8,8 @@ import pytest
 import tiny
 
 from kvlink_rag import Chunk, InputError
+from kvlink_rag.errors import KVLinkWarning
+from kvlink_rag.store import Budget
 
 CHUNKS = [Chunk(f"Fact {i} is {i * i}.", id=f"id-{i}") for i in range(4)]
 QUESTION = "What is fact 3?"
@@ -103,3 +105,14 @@ def test_an_answer_does_not_fail_for_want_of_room(tmp_path):
 def test_a_budget_is_for_a_folder():
     with pytest.raises(InputError, match="budget is for a folder"):
         tiny.engine(budget=100)
+
+
+def test_one_that_has_no_room_does_not_keep_the_others_out(tmp_path: Path) -> None:
+    large = Chunk("word " * 60, id="large")
+    budget = Budget(document_bytes=60_000)
+    engine = tiny.engine(store=tmp_path / "kv", budget=budget, cache_after=1)
+    with pytest.warns(KVLinkWarning, match="document 'large' may hold 60000") as warned:
+        engine.answer(QUESTION, [large, *CHUNKS[:2]], max_new_tokens=1)
+    assert len(warned) == 1
+    report = engine.answer(QUESTION, CHUNKS[:2], max_new_tokens=1).report
+    assert (report.hits, report.misses) == (2, 0)

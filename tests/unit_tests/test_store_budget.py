@@ -11,7 +11,14 @@ import torch
 
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, StoreError
-from kvlink_rag.store import Budget, FolderStore
+from kvlink_rag.store import (
+    Budget,
+    FolderStore,
+    MemoryStore,
+    RamTier,
+    RemoteTier,
+    open_store,
+)
 from kvlink_rag.store.catalog import BASE
 
 
@@ -283,4 +290,48 @@ def test_a_folder_of_the_first_version_is_brought_up_to_date(tmp_path: Path, one
     store.set_budget(Budget(2 * one))
     assert store.stat().entries == 2
     assert store.verify().clean
+    store.close()
+
+
+@pytest.mark.parametrize("ram_bytes", [0, 10**6])
+@pytest.mark.parametrize("remote", [None, "memory://budgets"])
+def test_what_stands_before_a_folder_passes_it_on(
+    tmp_path: Path, one: int, ram_bytes: int, remote: str | None
+) -> None:
+    """So that code does not change with the options of the store."""
+    store = open_store(tmp_path / "kv", ram_bytes, budget=2 * one, remote=remote)
+    assert isinstance(store, (FolderStore, RamTier, RemoteTier))
+    store.pin(["a"])
+    for number, document in enumerate("ab"):
+        store.put(make_record(number), [document])
+    store.set_budget(Budget(one))
+    assert store.budget == Budget(one)
+    assert store.usage().pinned == 1
+    assert store.stat().entries == 1
+    assert store.pinned() == ["a"]
+    store.unpin(["a"])
+    assert store.pinned() == []
+    store.close()
+
+
+def test_memory_has_no_budget() -> None:
+    with pytest.raises(InputError, match="MemoryStore has no budget"):
+        RamTier(MemoryStore(), 1000).usage()
+
+
+def test_what_memory_serves_is_in_use(tmp_path: Path, one: int) -> None:
+    folder = FolderStore(tmp_path / "kv", budget=2 * one)
+    store = RamTier(folder, 10**6)
+    records = [make_record(number) for number in range(3)]
+    for record in records[:2]:
+        store.put(record, ["a"])
+    assert store.get(records[0].key) is not None
+    store.flush()  # now it is in memory
+    for _ in range(5):
+        assert store.get(records[0].key) is not None
+    for _ in range(3):
+        assert folder.get(records[1].key) is not None
+    assert store.usage().hits == 9
+    store.put(records[2], ["a"])
+    assert held(folder, records) == [0, 2]
     store.close()
