@@ -165,11 +165,14 @@ def budget(
         str | None, typer.Argument(help="Most bytes of caches, such as 20GB; none: no limit.")
     ] = None,
     document: Annotated[
-        str | None, typer.Option(help="Most bytes of the caches of one document; none: no limit.")
+        str | None, typer.Option(help="Most bytes of the caches of one file; none: no limit.")
     ] = None,
     namespace: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=SIZE for documents whose id begins with NAME; repeatable."),
+        typer.Option(
+            help="NAME=SIZE for files whose path, or documents whose id, begins with NAME; "
+            "repeatable."
+        ),
     ] = None,
 ) -> None:
     """Show or set how much a store may hold; what is worth least is removed at once."""
@@ -180,6 +183,8 @@ def budget(
         limits = dict(old.namespaces)
         for each in namespace or []:
             name, _, its = each.rpartition("=")
+            if not name:
+                raise InputError(f"--namespace {each!r}: write it as NAME=SIZE, or NAME=none")
             limits[name] = _limit(its) or 0
         new = Budget(
             old.max_bytes if size is None else _limit(size),
@@ -195,7 +200,7 @@ def budget(
 def pin(folder: Folder, documents: Documents) -> None:
     """Never remove the caches of these documents to keep the budget."""
     with _caches(folder) as store:
-        ids = _ids(folder, documents)
+        ids = _ids(folder, documents, [])
         store.pin(ids)
         typer.echo(f"pinned {len(ids)} documents ({len(store.pinned())} in all)")
 
@@ -204,7 +209,7 @@ def pin(folder: Folder, documents: Documents) -> None:
 def unpin(folder: Folder, documents: Documents) -> None:
     """Take pins back."""
     with _caches(folder) as store:
-        store.unpin(_ids(folder, documents))
+        store.unpin(_ids(folder, documents, store.pinned()))
         typer.echo(f"{len(store.pinned())} documents are pinned")
 
 
@@ -212,21 +217,22 @@ def _limit(text: str) -> int | None:
     return None if text.strip().lower() == "none" else parse_size(text)
 
 
-def _ids(folder: Path, documents: list[str]) -> list[str]:
-    """Ids of documents; of an index' files, those of all their chunks."""
+def _ids(folder: Path, documents: list[str], pinned: list[str]) -> list[str]:
+    """What documents are pinned by: files of an index by their path, all else by id."""
     from kvlink_rag.index_catalog import IndexCatalog
     from kvlink_rag.index_check import is_index
 
     if not is_index(folder):
         return documents
     catalog = IndexCatalog(folder)
+    known = catalog.sources().keys() | set(pinned)
     ids: list[str] = []
     try:
         for document in documents:
-            of_file = catalog.ids(document) or catalog.ids(str(Path(document).absolute()))
-            if not of_file and document not in catalog:
+            absolute = str(Path(document).absolute())
+            if document not in known and document not in catalog and absolute not in known:
                 raise InputError(f"{folder} has no file and no chunk {document!r}")
-            ids += of_file or [document]
+            ids.append(document if document in known or document in catalog else absolute)
     finally:
         catalog.close()
     return ids

@@ -27,7 +27,8 @@ class Budget:
 
     Attributes:
         max_bytes: in all; None for any number.
-        document_bytes: of the caches that any one document refers to.
+        document_bytes: of the caches that any one document refers to. Ids that are alike up to
+            their last ``#`` are parts of one document, as the chunks of an indexed file are.
         namespaces: of the caches that documents whose id begins with the name refer to, by name. A
             cache counts in every namespace it is referred to from.
 

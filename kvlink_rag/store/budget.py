@@ -14,11 +14,16 @@ from kvlink_rag.errors import StoreError
 from kvlink_rag.store.base import Budget, ModelUsage, StoreUsage
 from kvlink_rag.store.catalog import Entry, drop
 
+PART = "#"
+"""Between a document's id and what tells its parts from each other, in the ids of these."""
+
+_TO_LAST = f"rtrim(refs.document, replace(refs.document, '{PART}', ''))"
 PINNED = (
-    "EXISTS (SELECT 1 FROM refs JOIN pins ON pins.document = refs.document "
+    "EXISTS (SELECT 1 FROM refs JOIN pins ON pins.document IN "
+    f"(refs.document, substr({_TO_LAST}, 1, length({_TO_LAST}) - 1)) "
     "WHERE refs.key = entries.key)"
 )
-"""Whether a document that is pinned refers to an entry."""
+"""Whether a document that is pinned, or a part of one, refers to an entry."""
 
 TOTAL, DOCUMENT, NAMESPACE = "all", "document", "namespace:"
 """Names of limits; a namespace's own name follows."""
@@ -146,9 +151,10 @@ def _shares(budget: Budget, documents: Collection[str]) -> Iterator[_Share]:
     if budget.max_bytes is not None:
         yield _Share("the store", budget.max_bytes)
     if budget.document_bytes is not None:
-        own = "key IN (SELECT key FROM refs WHERE document = ?)"
-        for document in documents:
-            yield _Share(f"document {document!r}", budget.document_bytes, own, (document,))
+        own = "key IN (SELECT key FROM refs WHERE document = ? OR document >= ? AND document < ?)"
+        for whole in sorted({each.rpartition(PART)[0] or each for each in documents}):
+            parts = (whole, whole + PART, whole + chr(ord(PART) + 1))
+            yield _Share(f"document {whole!r}", budget.document_bytes, own, parts)
     for name, limit in budget.namespaces.items():
         if any(document.startswith(name) for document in documents):
             within = "key IN (SELECT key FROM refs WHERE document >= ? AND document < ?)"

@@ -330,6 +330,8 @@ class FolderStore:
     def pin(self, documents: Iterable[str]) -> None:
         """Never evict caches that these documents refer to, now or later, until :meth:`unpin`.
 
+        Nor those of their parts, whose ids are theirs with ``#`` and more behind it.
+
         Raises:
             InputError: ``documents`` is one string.
             StoreError: the catalog cannot be written.

@@ -421,7 +421,7 @@ def test_budget_and_pins(shell: Shell) -> None:
     assert store.stat().nbytes <= nbytes // 2
     with shell.catalog() as catalog:
         ids = catalog.ids(str(kept))
-    assert sorted(ids) == store.pinned()
+    assert store.pinned() == [str(kept)]
     assert all(store.has(key) for id in ids for _, key in store.references(id))
     stat = shell.run("store", "stat", shell.out).stdout
     assert "budget" in stat
@@ -430,7 +430,13 @@ def test_budget_and_pins(shell: Shell) -> None:
         "no limit"
         in shell.run("store", "budget", shell.out, "none", "--namespace", "x/=none").stdout
     )
+    kept.write_text(paragraphs("cherry"))
+    shell.index()
+    assert store.usage().pinned == store.stat().entries > 0  # what the file holds now
+    kept.unlink()
+    shell.index()
     assert "0 documents are pinned" in shell.run("store", "unpin", shell.out, kept).stdout
+    assert "NAME=SIZE" in shell.run("store", "budget", shell.out, "--namespace", "x", code=1).stderr
     assert "has no file and no chunk" in shell.run("store", "pin", shell.out, "z", code=1).stderr
     assert "is no size" in shell.run("store", "budget", shell.out, "much", code=1).stderr
     store.close()

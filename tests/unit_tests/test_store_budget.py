@@ -151,6 +151,28 @@ def test_pinned_documents_stay(three: FolderStore) -> None:
     assert set(held(three, records)) >= {2, 3}
 
 
+def test_parts_are_pinned_with_their_document(three: FolderStore) -> None:
+    records = [make_record(number) for number in range(7)]
+    three.pin(["/a#b/kept.txt"])
+    three.put(records[0], ["/a#b/kept.txt#1"])
+    three.put(records[1], ["/a#b/kept.txt#2"])
+    others = ["/a#b/kept.txt2", "/a#b/kept", "/a#b/kept.txt2#1", "kept.txt#1", "#"]
+    for record, other in zip(records[2:], others, strict=True):
+        three.put(record, [other])
+    assert held(three, records) == [0, 1, 6]
+
+
+def test_a_limit_for_documents_is_for_all_their_parts(tmp_path: Path, one: int) -> None:
+    store = FolderStore(tmp_path / "kv", budget=Budget(document_bytes=2 * one))
+    records = [make_record(number) for number in range(6)]
+    for number, record in enumerate(records[:4]):
+        store.put(record, [f"/a/one.txt#{number}"])
+    store.put(records[4], ["/a/one.txt2#0"])
+    store.put(records[5], ["/a/two.txt#0"])
+    assert held(store, records) == [2, 3, 4, 5]
+    store.close()
+
+
 def test_no_room_beside_what_is_pinned(three: FolderStore, one: int) -> None:
     records = [make_record(number) for number in range(4)]
     three.pin(["kept"])
