@@ -213,6 +213,17 @@ def add(tx: sqlite3.Connection, entry: Entry, documents: Iterable[str] = ()) -> 
     refer(tx, ((document, entry.key) for document in documents))
 
 
+def take_after(tx: sqlite3.Connection, key: str, other: str) -> None:
+    """Let an entry be as old and have been used as much as another one, if there is that one."""
+    tx.execute(
+        "UPDATE entries SET (created, last_used, uses) = "
+        "(SELECT created, last_used, uses FROM entries WHERE key = :other) "
+        "WHERE key = :key AND EXISTS (SELECT 1 FROM entries WHERE key = :other)",
+        {"key": key, "other": other},
+    )
+    _rank(tx, key)
+
+
 def _rank(tx: sqlite3.Connection, key: str) -> None:
     """An entry's place in the order of eviction: GreedyDual-Size-Frequency (Cherkasova, 1998).
 

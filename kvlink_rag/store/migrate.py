@@ -187,6 +187,7 @@ class _Migration:
         if not self.files.has(key):
             return None  # released or evicted meanwhile
         sql.add(tx, entry, sql.holders(tx, key))
+        sql.take_after(tx, entry.key, key)
         self.waiting.stored(entry.key)
         self.moved[key] = entry.key
         return None if temporary is None else self.files.publish(temporary, entry.key)

@@ -22,7 +22,7 @@ import kvlink_rag.store
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.rope import RopeGroup
-from kvlink_rag.store import FolderStore, StoreStat
+from kvlink_rag.store import Budget, FolderStore, StoreStat
 from kvlink_rag.store import migrate as migrate_module
 from kvlink_rag.store.codec import CODECS, codec_for, coded
 from kvlink_rag.store.files import ChunkFiles
@@ -139,6 +139,22 @@ def test_an_engine_finds_what_was_migrated(tmp_path: Path, codec: str) -> None:
     assert torch.equal(prefill.logits, other.prefill("How many?", chunks).logits)
     assert sorted(engine.store.references()) == sorted(other.store.references())
     assert contents(tmp_path / "raw") == contents(tmp_path / "new")
+
+
+def test_what_was_used_much_is_still_not_evicted_first(tmp_path: Path) -> None:
+    fill(tmp_path / "kv")
+    store = FolderStore(tmp_path / "kv")
+    for _ in range(5):
+        assert store.get(make_record(3).key) is not None
+    oldest = store.usage().oldest
+    store.close()
+    migrate(tmp_path / "kv", "int8")
+    store = FolderStore(tmp_path / "kv")
+    assert store.usage().oldest == oldest
+    records = [coded(make_record(number), "int8") for number in range(RECORDS)]
+    store.set_budget(Budget(store.path_of(records[3].key).stat().st_size))
+    assert [store.has(record.key) for record in records].index(True) == 3
+    store.close()
 
 
 def test_encrypted_folders_stay_encrypted(tmp_path: Path) -> None:
