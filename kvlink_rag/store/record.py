@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,16 +212,26 @@ def map_record(
 
 def _mapped(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a safetensors file, checked to be laid out as a chunk cache."""
+    with _explained(path), safe_open(path, framework="pt") as file:
+        metadata = _metadata(file.metadata())
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        _check(metadata, {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()})
+        return metadata, {name: file.get_tensor(name) for name in slices}
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what safetensors and torch raise into errors of the file or of the operating system."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = _metadata(file.metadata())
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            _check(metadata, {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()})
-            return metadata, {name: file.get_tensor(name) for name in slices}
+        yield
     except SafetensorError as error:
         # some of them are errors of the operating system, which opening raises as such
         with open(path, "rb"):
             raise CorruptRecord(f"it is no safetensors file: {error}") from error
+    except RuntimeError as error:
+        # torch opens the file once more: it may have been evicted meanwhile, or memory be short
+        with open(path, "rb"):
+            raise OSError(f"it cannot be mapped: {error}") from error
 
 
 def _unsealed(
@@ -277,14 +288,10 @@ def read_header(path: Path, key: str | None = None, cipher: Cipher | None = None
     if cipher is not None:
         metadata, tensors = _unsealed(path, key or "", cipher)
         return _header_of(metadata, len(tensors["token_ids"]), KINDS[tensors["keys"].dtype])
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = _metadata(file.metadata())
-            shape = file.get_slice("token_ids").get_shape()
-            kind = file.get_slice("keys").get_dtype()
-    except SafetensorError as error:
-        with open(path, "rb"):
-            raise CorruptRecord(f"it is no safetensors file: {error}") from error
+    with _explained(path), safe_open(path, framework="pt") as file:
+        metadata = _metadata(file.metadata())
+        shape = file.get_slice("token_ids").get_shape()
+        kind = file.get_slice("keys").get_dtype()
     if len(shape) != 1:
         raise CorruptRecord("token_ids is no list of token ids")
     return _header_of(metadata, int(shape[0]), kind)

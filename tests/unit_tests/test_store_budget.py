@@ -5,12 +5,13 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kvlink_rag.chunk import ChunkKV
-from kvlink_rag.errors import InputError, StoreError
+from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store import (
     Budget,
     FolderStore,
@@ -133,6 +134,38 @@ def test_another_process_eviction_leaves_the_mapping(three: FolderStore) -> None
     assert found is not None
     assert torch.equal(found.keys, record.keys)
     assert torch.equal(found.values, record.values)
+
+
+def test_evicted_while_it_is_being_opened(
+    three: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is opened twice, by safetensors and by torch; another process may come between."""
+    record, opened = make_record(0), torch.UntypedStorage.from_file
+    three.put(record)
+
+    def evict_and_open(*arguments: Any, **options: Any) -> Any:
+        three.path_of(record.key).unlink()
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", evict_and_open)
+    assert three.get(record.key) is None  # and no warning: it is not there
+    monkeypatch.undo()
+    three.put(record)
+    assert three.get(record.key) is not None
+
+
+def test_no_memory_to_map_a_file(three: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = make_record(0)
+    three.put(record)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("unable to mmap 96 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", fail)
+    with pytest.warns(KVLinkWarning, match="cannot read .*Cannot allocate memory"):
+        assert three.get(record.key) is None
+    monkeypatch.undo()
+    assert three.get(record.key) is not None
 
 
 def test_pinned_documents_stay(three: FolderStore) -> None:
