@@ -5,34 +5,31 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlink_rag.adapter import Adapter, load_adapter, shipped_adapters
-from kvlink_rag.answer import Answer, AnswerStream, Request
+from kvlink_rag.adapter import Adapter, load_adapter
+from kvlink_rag.answer import Answer, AnswerStream
 from kvlink_rag.batch import answer_together
 from kvlink_rag.calibration import AUTO, resolve_codec
-from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks
+from kvlink_rag.chunk import Chunk, as_chunks
 from kvlink_rag.conversation import Message, as_messages
-from kvlink_rag.errors import AdapterRequiredError, InputError
+from kvlink_rag.errors import InputError
 from kvlink_rag.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
 from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
+from kvlink_rag.indexing import IndexingRun
 from kvlink_rag.load import Source, load
 from kvlink_rag.prefetch import Prefetcher
 from kvlink_rag.prefill import Prefill, RecomputeBy, Strategy
 from kvlink_rag.prefiller import Prefiller
-from kvlink_rag.progress import bar
-from kvlink_rag.prompt import (
-    EncodeBehind,
-    PromptTemplate,
-)
+from kvlink_rag.prompt import EncodeBehind, PromptTemplate
 from kvlink_rag.report import IndexReport, Observers, Stopwatch
+from kvlink_rag.request import Request, check_recompute_by, check_strategy
 from kvlink_rag.store import Budget, EncryptionKey, KVStore, MemoryStore, Remote, open_store
 
 
@@ -93,9 +90,9 @@ class KVLinkEngine(Prefiller):
         self._base = model
         self._chosen = (encode_behind, prompt, merge_adapter)
         self._monitor = FidelityMonitor(fidelity_rate, fidelity_limit)
-        self.strategy = _check_strategy(strategy, adapter)
+        self.strategy = check_strategy(strategy, adapter)
         self.recompute_tokens = recompute_tokens
-        self.recompute_by = _check_recompute_by(recompute_by)
+        self.recompute_by = check_recompute_by(recompute_by)
         self.stop_ids = stop_ids(model, tokenizer)
         self.observers = Observers()
 
@@ -180,7 +177,7 @@ class KVLinkEngine(Prefiller):
             AdapterRequiredError
         """
         trained = None if adapter is None else load_adapter(adapter)
-        _check_strategy(strategy, trained)
+        check_strategy(strategy, trained)
         loaded, tokenizer, name = load(model, device, dtype)
         opened = partial(
             open_store,
@@ -272,64 +269,9 @@ class KVLinkEngine(Prefiller):
             InputError: a chunk is empty or longer than the model's context.
             StoreError: a cache cannot be written; those written before stay.
         """
-        watch, given = Stopwatch(), as_chunks(chunks)
-        texts: dict[str, list[int]] = {}
-        owners: dict[str, list[str]] = {}
-        for chunk in given:
-            token_ids = self.layout.chunk(chunk)
-            self._check_length(len(self.behind) + len(token_ids), f"chunk {chunk.document_id!r}")
-            key = self._key(token_ids)
-            texts[key] = token_ids
-            owners.setdefault(key, []).append(chunk.document_id)
-        missing = {key: ids for key, ids in texts.items() if not self.store.has(key)}
-        later = set(missing) if self.cache_after else set()
-        missing = {} if self.cache_after else missing
-        known = [(owner, key) for key in texts if key not in missing for owner in owners[key]]
-        self.store.refer(known)
-        nbytes = self._encode_and_store(missing, owners, progress)
-        report = IndexReport(
-            chunks=len(given),
-            hits=sum(len(owners[key]) for key in texts if key not in missing and key not in later),
-            misses=len(missing),
-            deferred=len(later),
-            tokens=sum(map(len, missing.values())),
-            nbytes=nbytes,
-            total_s=watch.total(),
-            started=watch.started,
-        )
+        report = IndexingRun(self, chunks).finished(progress)
         self.observers.tell(report)
         return report
-
-    def _encode_and_store(
-        self, missing: dict[str, list[int]], owners: dict[str, list[str]], progress: bool
-    ) -> int:
-        """Encode batch by batch while the batch before is being written; returns bytes."""
-        keys, nbytes, done = list(missing), 0, 0
-        total = sum(map(len, missing.values()))
-        with (
-            bar("Reading chunks (tokens)", total, enabled=progress and bool(missing)) as show,
-            ThreadPoolExecutor(1) as writer,
-        ):
-            writing: Future[None] | None = None
-            for batch in self._encode([missing[key] for key in keys]):
-                if writing:
-                    writing.result()
-                writing = writer.submit(self._put, [(r, owners[keys[i]]) for i, r in batch])
-                nbytes += sum(record.nbytes for _, record in batch)
-                done += sum(len(record.token_ids) for _, record in batch)
-                show(done)
-            if writing:
-                writing.result()
-        return nbytes
-
-    def _encode(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, ChunkKV]]]:
-        batches = self._encoder.encode(texts, self.behind, max_batch_tokens=self.batch_tokens)
-        while True:
-            with self._model_lock:
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
 
     # Prefill
 
@@ -384,8 +326,8 @@ class KVLinkEngine(Prefiller):
         if recompute < 0:
             raise InputError(f"recompute_tokens must be 0 or more, not {recompute}")
         messages = as_messages(question, system)
-        chosen = _check_strategy(strategy or self.strategy, self.adapter)
-        by = _check_recompute_by(recompute_by or self.recompute_by)
+        chosen = check_strategy(strategy or self.strategy, self.adapter)
+        by = check_recompute_by(recompute_by or self.recompute_by)
         return Request(messages, as_chunks(chunks), chosen, recompute, by, tools)
 
     # Answers
@@ -409,7 +351,7 @@ class KVLinkEngine(Prefiller):
         request = self._request(
             question, chunks, strategy, system, recompute_tokens, recompute_by, tools
         )
-        return AnswerStream(self, request, _settings(settings))
+        return AnswerStream(self, request, GenerateSettings.of(settings))
 
     def answer(
         self,
@@ -481,7 +423,7 @@ class KVLinkEngine(Prefiller):
             self._request(question, chunks, strategy, system, recompute_tokens, recompute_by, tools)
             for question, chunks in asked
         ]
-        chosen = _settings(settings)
+        chosen = GenerateSettings.of(settings)
         together = self.in_place and not self._monitor.rate
         if requests and together and requests[0].strategy in ("reuse", "link"):
             return answer_together(self, requests, chosen)
@@ -579,29 +521,3 @@ class KVLinkEngine(Prefiller):
     ) -> AnswerStream:
         """:meth:`stream` for ``async for``."""
         return self.stream(question, chunks, **options)
-
-
-def _check_strategy(strategy: str, adapter: Adapter | None) -> Strategy:
-    if strategy == "link" and (adapter is None or adapter.links is None):
-        raise AdapterRequiredError(
-            "strategy 'link' needs an adapter with trained link tokens, and the engine has none: "
-            f"give adapter= one of {', '.join(shipped_adapters()) or 'your own'} or a folder made "
-            "by kvlink train, or use 'reuse' or 'recompute'"
-        )
-    if strategy not in get_args(Strategy):
-        raise InputError(f"strategy must be one of {get_args(Strategy)}, not {strategy!r}")
-    return cast("Strategy", strategy)
-
-
-def _check_recompute_by(by: str) -> RecomputeBy:
-    if by not in get_args(RecomputeBy):
-        raise InputError(f"recompute_by must be one of {get_args(RecomputeBy)}, not {by!r}")
-    return cast("RecomputeBy", by)
-
-
-def _settings(settings: dict[str, Any]) -> GenerateSettings:
-    try:
-        return GenerateSettings(**settings)
-    except TypeError as error:
-        names = ", ".join(GenerateSettings.__dataclass_fields__)
-        raise InputError(f"{str(error).split('() ')[-1]}: settings are {names}") from error
