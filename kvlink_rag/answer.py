@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.conversation import Message
 from kvlink_rag.generate import GenerateSettings, Sampler, TextStream
 from kvlink_rag.model_lock import let_go
-from kvlink_rag.prefill import Prefill, RecomputeBy, Strategy
+from kvlink_rag.prefill import Prefill
 from kvlink_rag.report import Report, Stopwatch
+from kvlink_rag.request import Request
 
 if TYPE_CHECKING:
     from kvlink_rag.engine import KVLinkEngine
@@ -36,18 +36,6 @@ class Answer:
     report: Report
     chunks: list[Chunk] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked, checked."""
-
-    messages: list[Message]
-    chunks: list[Chunk]
-    strategy: Strategy
-    recompute: int
-    recompute_by: RecomputeBy = "first"
-    tools: Sequence[Mapping[str, Any]] = ()
 
 
 class AnswerStream:

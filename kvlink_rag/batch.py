@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvlink_rag.answer import Answer, FinishReason, Request
+from kvlink_rag.answer import Answer, FinishReason
 from kvlink_rag.generate import GenerateSettings, Sampler, TextStream
 from kvlink_rag.in_place import LinkedContext, Tokens, run_together
 from kvlink_rag.prefill import Prompt
 from kvlink_rag.report import Report, Stopwatch
+from kvlink_rag.request import Request
 
 if TYPE_CHECKING:
     from kvlink_rag.engine import KVLinkEngine

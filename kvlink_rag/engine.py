@@ -8,18 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlink_rag.adapter import Adapter, load_adapter, shipped_adapters
-from kvlink_rag.answer import Answer, AnswerStream, Request
+from kvlink_rag.adapter import Adapter, load_adapter
+from kvlink_rag.answer import Answer, AnswerStream
 from kvlink_rag.batch import answer_together
 from kvlink_rag.calibration import AUTO, resolve_codec
 from kvlink_rag.chunk import Chunk, as_chunks
 from kvlink_rag.conversation import Message, as_messages
-from kvlink_rag.errors import AdapterRequiredError, InputError
+from kvlink_rag.errors import InputError
 from kvlink_rag.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
 from kvlink_rag.generate import GenerateSettings, Sampler, stop_ids
 from kvlink_rag.indexing import Indexing
@@ -27,11 +27,9 @@ from kvlink_rag.load import Source, load
 from kvlink_rag.prefetch import Prefetcher
 from kvlink_rag.prefill import Prefill, RecomputeBy, Strategy
 from kvlink_rag.prefiller import Prefiller
-from kvlink_rag.prompt import (
-    EncodeBehind,
-    PromptTemplate,
-)
+from kvlink_rag.prompt import EncodeBehind, PromptTemplate
 from kvlink_rag.report import IndexReport, Observers, Stopwatch
+from kvlink_rag.request import Request, check_recompute_by, check_strategy
 from kvlink_rag.store import Budget, EncryptionKey, KVStore, MemoryStore, Remote, open_store
 
 
@@ -93,9 +91,9 @@ class KVLinkEngine(Prefiller):
         self._base = model
         self._chosen = (encode_behind, prompt, merge_adapter)
         self._monitor = FidelityMonitor(fidelity_rate, fidelity_limit)
-        self.strategy = _check_strategy(strategy, adapter)
+        self.strategy = check_strategy(strategy, adapter)
         self.recompute_tokens = recompute_tokens
-        self.recompute_by = _check_recompute_by(recompute_by)
+        self.recompute_by = check_recompute_by(recompute_by)
         self.stop_ids = stop_ids(model, tokenizer)
         self.observers = Observers()
 
@@ -180,7 +178,7 @@ class KVLinkEngine(Prefiller):
             AdapterRequiredError
         """
         trained = None if adapter is None else load_adapter(adapter)
-        _check_strategy(strategy, trained)
+        check_strategy(strategy, trained)
         loaded, tokenizer, name = load(model, device, dtype)
         opened = partial(
             open_store,
@@ -328,8 +326,8 @@ class KVLinkEngine(Prefiller):
         if recompute < 0:
             raise InputError(f"recompute_tokens must be 0 or more, not {recompute}")
         messages = as_messages(question, system)
-        chosen = _check_strategy(strategy or self.strategy, self.adapter)
-        by = _check_recompute_by(recompute_by or self.recompute_by)
+        chosen = check_strategy(strategy or self.strategy, self.adapter)
+        by = check_recompute_by(recompute_by or self.recompute_by)
         return Request(messages, as_chunks(chunks), chosen, recompute, by, tools)
 
     # Answers
@@ -353,7 +351,7 @@ class KVLinkEngine(Prefiller):
         request = self._request(
             question, chunks, strategy, system, recompute_tokens, recompute_by, tools
         )
-        return AnswerStream(self, request, _settings(settings))
+        return AnswerStream(self, request, GenerateSettings.of(settings))
 
     def answer(
         self,
@@ -425,7 +423,7 @@ class KVLinkEngine(Prefiller):
             self._request(question, chunks, strategy, system, recompute_tokens, recompute_by, tools)
             for question, chunks in asked
         ]
-        chosen = _settings(settings)
+        chosen = GenerateSettings.of(settings)
         together = self.in_place and not self._monitor.rate
         if requests and together and requests[0].strategy in ("reuse", "link"):
             return answer_together(self, requests, chosen)
@@ -523,29 +521,3 @@ class KVLinkEngine(Prefiller):
     ) -> AnswerStream:
         """:meth:`stream` for ``async for``."""
         return self.stream(question, chunks, **options)
-
-
-def _check_strategy(strategy: str, adapter: Adapter | None) -> Strategy:
-    if strategy == "link" and (adapter is None or adapter.links is None):
-        raise AdapterRequiredError(
-            "strategy 'link' needs an adapter with trained link tokens, and the engine has none: "
-            f"give adapter= one of {', '.join(shipped_adapters()) or 'your own'} or a folder made "
-            "by kvlink train, or use 'reuse' or 'recompute'"
-        )
-    if strategy not in get_args(Strategy):
-        raise InputError(f"strategy must be one of {get_args(Strategy)}, not {strategy!r}")
-    return cast("Strategy", strategy)
-
-
-def _check_recompute_by(by: str) -> RecomputeBy:
-    if by not in get_args(RecomputeBy):
-        raise InputError(f"recompute_by must be one of {get_args(RecomputeBy)}, not {by!r}")
-    return cast("RecomputeBy", by)
-
-
-def _settings(settings: dict[str, Any]) -> GenerateSettings:
-    try:
-        return GenerateSettings(**settings)
-    except TypeError as error:
-        names = ", ".join(GenerateSettings.__dataclass_fields__)
-        raise InputError(f"{str(error).split('() ')[-1]}: settings are {names}") from error

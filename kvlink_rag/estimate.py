@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from kvlink_rag.chunk import RAW, Chunk, as_chunks
 from kvlink_rag.encode import plan_batches
 from kvlink_rag.errors import InputError
+from kvlink_rag.indexing import encoded
 from kvlink_rag.prefill import Strategy
 from kvlink_rag.progress import bar
 from kvlink_rag.trial import store_wanted, trial_engines
@@ -230,7 +231,7 @@ def _measure(
     began = time.perf_counter()
     for done in range(1, ROUNDS + 1):
         start = time.perf_counter()
-        records = [record for batch in raw._encode(texts) for _, record in batch]
+        records = [record for batch in encoded(raw, texts) for _, record in batch]
         encode.append(time.perf_counter() - start)
         without = _ttft(raw, [], "full")
         compute.append(_ttft(raw, sample, "full") - without)

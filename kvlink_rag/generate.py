@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +47,19 @@ class GenerateSettings:
             raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
         if "" in self.stops:
             raise InputError("a stop string must not be empty")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> GenerateSettings:
+        """These settings by name, the others at their defaults.
+
+        Raises:
+            InputError: there is no such setting, or a value is out of range.
+        """
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            names = ", ".join(cls.__dataclass_fields__)
+            raise InputError(f"{str(error).split('() ')[-1]}: settings are {names}") from error
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
-from kvlink_rag.chunk import Chunk
+from kvlink_rag.chunk import Chunk, ChunkKV
+from kvlink_rag.prefiller import Prefiller
 from kvlink_rag.progress import bar
 from kvlink_rag.report import IndexReport, Stopwatch
-
-if TYPE_CHECKING:
-    from kvlink_rag.prefiller import Prefiller
 
 LOOKUPS = 16
 """Caches looked up at a time: a store may have to ask a distant server for each."""
@@ -75,7 +72,7 @@ class Indexing:
             ThreadPoolExecutor(1) as writer,
         ):
             writing: Future[None] | None = None
-            for batch in self._engine._encode(texts):
+            for batch in encoded(self._engine, texts):
                 if writing:
                     writing.result()
                 records = [(record, self._owners[keys[i]]) for i, record in batch]
@@ -86,3 +83,16 @@ class Indexing:
             if writing:
                 writing.result()
         return nbytes
+
+
+def encoded(
+    engine: Prefiller, texts: Sequence[Sequence[int]]
+) -> Iterator[list[tuple[int, ChunkKV]]]:
+    """Caches of texts with their ranks, batch by batch; answers get their turn in between."""
+    batches = engine._encoder.encode(texts, engine.behind, max_batch_tokens=engine.batch_tokens)
+    while True:
+        with engine._model_lock:
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlink_rag.adapter import Adapter, LinkTokens
-from kvlink_rag.answer import Request
 from kvlink_rag.architecture import Architecture, inspect_model
 from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
 from kvlink_rag.encode import Encoder
@@ -31,6 +30,7 @@ from kvlink_rag.prompt import (
 )
 from kvlink_rag.relevance import attention_paid
 from kvlink_rag.report import Report, Stopwatch
+from kvlink_rag.request import Request
 from kvlink_rag.scratch import Scratch
 from kvlink_rag.store import KVStore
 from kvlink_rag.store.codec import codec_for
@@ -287,15 +287,6 @@ class Prefiller:
                     made.records.update(((texts[i], behind), record) for i, record in batch)
                 self._note_speed(made.before[behind] + sum(map(len, texts)), watch.total())
         return made
-
-    def _encode(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, ChunkKV]]]:
-        batches = self._encoder.encode(texts, self.behind, max_batch_tokens=self.batch_tokens)
-        while True:
-            with self._model_lock:
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
 
     def _note_speed(self, tokens: int, seconds: float) -> None:
         """Remember how fast caches are computed, what was measured last above all."""

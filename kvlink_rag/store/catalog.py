@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from filelock import FileLock
 
+from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import KVLinkWarning
 from kvlink_rag.store.base import StoreStat
 from kvlink_rag.store.database import Damaged, Database, explained
@@ -89,6 +90,11 @@ class Entry:
     fingerprint: str
     used: float
     uses: int = 1
+
+    @classmethod
+    def of(cls, key: str, record: ChunkKV, nbytes: int = 0) -> Entry:
+        """That of a cache which is used now."""
+        return cls(key, len(record.token_ids), nbytes, record.fingerprint, time.time())
 
 
 class Catalog:

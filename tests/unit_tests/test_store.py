@@ -18,7 +18,7 @@ from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store import FolderStore, KVStore, MemoryStore, StoreStat, open_store
 from kvlink_rag.store import files as files_module
-from kvlink_rag.store import folder as folder_module
+from kvlink_rag.store import uses as uses_module
 from kvlink_rag.store.record import CorruptRecord, map_record
 
 ABSENT = "0" * 64
@@ -297,7 +297,7 @@ def test_a_file_without_row_is_served_and_taken_in(folder: FolderStore) -> None:
 
 
 def test_reading_does_not_write_the_catalog(folder: FolderStore) -> None:
-    records = [make_record(number) for number in range(folder_module.TOUCHES)]
+    records = [make_record(number) for number in range(uses_module.TOUCHES)]
     for record in records:
         folder.put(record)
     database = sqlite3.connect(folder.path / "catalog.sqlite")
@@ -319,7 +319,7 @@ def test_reading_does_not_wait_for_a_writer(folder: FolderStore) -> None:
     folder.put(record)
     database = sqlite3.connect(folder.path / "catalog.sqlite", isolation_level=None)
     database.execute("BEGIN IMMEDIATE")
-    folder._asked = folder_module.TOUCHES  # the next one writes what is remembered
+    folder._uses._asked = uses_module.TOUCHES  # the next one writes what is remembered
     assert folder.get(record.key) is not None  # a wait would take 30 s and the test's patience
     damage(file_of(folder, record))
     with pytest.warns(KVLinkWarning):
@@ -388,6 +388,22 @@ def test_threads_at_a_time_share_one_mapping(folder: FolderStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(folder.get, [record.key] * 40))
     assert len({id(each) for each in found}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_made_while_another_thread_counts(folder: FolderStore) -> None:
+    record = make_record(1)
+    folder.put(record)
+    folder.get(record.key)
+    with folder._uses._lock:  # as that thread holds it
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            found = folder.get(record.key)
+            folder.close()
+            os._exit(0 if found is not None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert folder.usage().hits == 2  # of each its own
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
