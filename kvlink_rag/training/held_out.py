@@ -12,15 +12,11 @@ from kvlink_rag.training.model import LinkModel
 from kvlink_rag.training.pack import Packer
 from kvlink_rag.training.settings import TrainSettings
 
-LESSONS = 24
-
 NO_CHUNKS = "no chunks"
 
 
 @torch.no_grad()
-def held_out_losses(
-    model: LinkModel, packer: Packer, settings: TrainSettings, count: int = LESSONS
-) -> dict[str, float]:
+def held_out_losses(model: LinkModel, packer: Packer, settings: TrainSettings) -> dict[str, float]:
     """Mean loss over lessons of held-out rows, for each way of reading their chunks.
 
     Every lesson with chunks is read in every view of the settings, so that the numbers compare.
@@ -28,7 +24,8 @@ def held_out_losses(
     Returns:
         nats per label by view, and under :data:`NO_CHUNKS` for plain text and instructions.
     """
-    lessons = Lessons(replace(settings, seed=settings.seed + 1), count, held_out=True)
+    other = replace(settings, seed=settings.seed + 1)
+    lessons = Lessons(other, settings.held_out_lessons, held_out=True)
     losses: dict[str, list[float]] = {}
     for place in range(len(lessons)):
         for name, lesson in _views(lessons[place], settings):

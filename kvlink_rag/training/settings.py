@@ -48,6 +48,7 @@ class TrainSettings:
         seed: of data order, chunk choice and first weights.
         distill: how much of the loss is the divergence from the base model's full prefill (0 to 1);
             lessons that are made for it (plain text, instructions, own documents) always have 1.
+        held_out_lessons: that the loss is measured on before and after, in every view.
         start: an adapter to go on from (folder, or name of one that comes with the package). Its
             own full prefill, instead of the base model's, is then what `distill` learns.
     """
@@ -78,6 +79,7 @@ class TrainSettings:
     save_steps: int = 50
     seed: int = 0
     distill: float = 0.0
+    held_out_lessons: int = 24
     start: str | None = None
 
     def __post_init__(self) -> None:
@@ -122,6 +124,7 @@ class TrainSettings:
             "batch",
             "accumulate",
             "save_steps",
+            "held_out_lessons",
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -37,7 +37,9 @@ AS_IT_STANDS = [
 SMALLER = {
     "kvlink bench": "kvlink bench --length 300 --repeats 1",
     "python benchmarks/encode_behind.py --questions 200": "--questions 1 --max-new-tokens 2",
-    "kvlink train --data examples/corpus --out my-adapter --steps 200": "--steps 2 --batch 1",
+    "kvlink train --data examples/corpus --out my-adapter --steps 200": (
+        "--steps 2 --batch 1 --config small.json"
+    ),
     "kvlink eval --config benchmarks/eval_link5.json": "--questions 1 --max-new-tokens 2",
 }
 BY_MAKE = {"make demo", "make test"}
@@ -116,6 +118,7 @@ def test_train(folder):
     command = "kvlink train --data examples/corpus --out my-adapter --steps 200"
     text = (ROOT / "examples" / "corpus" / "1973_oil_crisis.md").read_text(encoding="utf-8")
     (folder / "small.md").write_text(text[:1200], encoding="utf-8")
+    (folder / "small.json").write_text('{"held_out_lessons": 2}')
     smaller = [*split(command.replace("examples/corpus", "small.md")), *SMALLER[command].split()]
     result = CliRunner().invoke(app, smaller)
     assert result.exit_code == 0, result.output

@@ -4,7 +4,7 @@ import json
 import math
 import random
 import shutil
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "held_out_losses", partial(held_out_losses, count=2))
+    def few(model: LinkModel, packer: Packer, asked: TrainSettings) -> dict[str, float]:
+        return held_out_losses(model, packer, replace(asked, held_out_lessons=2))
+
+    monkeypatch.setattr(run, "held_out_losses", few)
 
 
 def settings(model: str, data: str | dict[str, float], **changes: Any) -> TrainSettings:
@@ -109,9 +112,9 @@ class Trained:
 
     def __init__(self, folder: Path, model: str, data: str) -> None:
         self.out, self.store = folder / "adapter", folder / "store"
-        self.settings = settings(model, data, steps=30, save_steps=20, batch=3)
+        few = {"save_steps": 20, "held_out_lessons": 3}
+        self.settings = settings(model, data, steps=30, batch=3, **few)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "held_out_losses", partial(held_out_losses, count=3))
             engines = Engines(patch)
             self.adapter = train(self.settings, self.out, self.store)
             [self.engine] = engines.made
@@ -545,13 +548,16 @@ def test_caches_of_a_store_that_is_given_are_kept(model_folder, data, tmp_path):
 def test_held_out_losses_are_of_each_view_and_the_same_each_time(model_folder, data, tmp_path):
     text = write(tmp_path / "t.jsonl", [{"text": f"Words and words {n}."} for n in range(20)])
     chosen = settings(
-        model_folder, {data: 1.0, text: 1.0}, views={"link": 1, "full": 0.5, "reuse": 0}
+        model_folder,
+        {data: 1.0, text: 1.0},
+        views={"link": 1, "full": 0.5, "reuse": 0},
+        held_out_lessons=6,
     )
     engine = KVLinkEngine.from_pretrained(model_folder)
     links = run.first_links(chosen, engine)
     model = LinkModel(engine.model, engine.architecture, run.lora_config(chosen), links)
     packer = Packer(engine, chosen.kind, links, max_tokens=2048, max_answer=8)
-    first, again = (held_out_losses(model, packer, chosen, count=6) for _ in range(2))
+    first, again = (held_out_losses(model, packer, chosen) for _ in range(2))
     assert first == again
     assert first.keys() == {"link", "full", NO_CHUNKS}
     assert first[NO_CHUNKS] == pytest.approx(0, abs=1e-5)  # an untrained adapter is the base model
