@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -28,11 +29,14 @@ def free_port() -> int:
 
 
 def binary(name: str, remedy: str) -> str:
-    """A program's path; skips the test where it is not installed."""
+    """A program's path; skips the test where it is not installed, but for automation (CI) fails."""
     beside = str(Path(sys.executable).parent)  # of an environment that is not activated
-    if (path := shutil.which(name) or shutil.which(name, path=beside)) is None:
-        pytest.skip(f"{name} is not installed: {remedy}")
-    return path
+    if path := shutil.which(name) or shutil.which(name, path=beside):
+        return path
+    missing = f"{name} is not installed: {remedy}"
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)
 
 
 @contextmanager

@@ -125,6 +125,7 @@ def kill_at_random_instants(path: str) -> None:
 
             keep_changing(opened(path), first, say)
         while not said.read_bytes():
+            assert os.waitpid(worker, os.WNOHANG)[0] == 0, "the worker has ended by itself"
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.15))
         os.kill(worker, signal.SIGKILL)
