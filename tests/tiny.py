@@ -186,6 +186,12 @@ class Reference:
         """Of the last token, ``[vocab]``."""
         return self.all_logits()[-1]
 
+    def greedy(self, token_ids: list[int]) -> list[int]:
+        """What it would say instead of each token of a continuation, given those before it."""
+        for token in token_ids[:-1]:
+            self.append(token)
+        return [int(row.argmax()) for row in self.all_logits()[-len(token_ids) :]]
+
     @torch.inference_mode()
     def all_logits(self) -> torch.Tensor:
         """Of every token, ``[tokens, vocab]``."""

@@ -51,10 +51,8 @@ def test_float32_continuation_is_that_of_the_reference(float32):
     chunks = paragraphs()[4:7]
     answer = float32.answer("What is this about?", chunks, max_new_tokens=20)
     reference = tiny.Reference(float32.prefill("What is this about?", chunks))
-    for token in answer.token_ids:
-        assert token == int(reference.logits().argmax())
-        reference.append(token)
     assert len(answer.token_ids) > 5
+    assert answer.token_ids == reference.greedy(answer.token_ids)
 
 
 def test_float32_recompute_of_everything_is_full(float32):
@@ -83,10 +81,10 @@ def test_bfloat16_is_near_the_float32_reference(float32, engine, strategy):
 
 def test_full_is_generate_of_transformers_on_twenty_prompts(engine):
     for chunk in paragraphs():
-        answer = engine.answer("What is it about?", [chunk], strategy="full", max_new_tokens=30)
+        answer = engine.answer("What is it about?", [chunk], strategy="full", max_new_tokens=12)
         prefill = engine.prefill("What is it about?", [chunk], strategy="full")
         prompt = torch.tensor([prefill.token_ids])
         expected = engine.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=30
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12
         )
         assert answer.token_ids == expected[0, prompt.shape[1] :].tolist()

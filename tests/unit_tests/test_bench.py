@@ -8,12 +8,20 @@ import torch
 from tiny_adapters import adapter
 
 from kvlink_rag import Chunk, InputError
-from kvlink_rag.bench import run_bench, table, write
+from kvlink_rag.bench import indexing, run_bench, table, write
 from kvlink_rag.bench.decode import _cache_of_transformers
 from kvlink_rag.bench.indexing import MIXES
 from kvlink_rag.bench.ttft import drop_page_cache
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 40]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_is_indexed():
+    """A chunk of the longest mix, instead of five, is enough to see what is counted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexing, "TOKENS", 1000)
+        yield
 
 
 @pytest.fixture(scope="module")

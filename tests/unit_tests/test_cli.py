@@ -585,7 +585,10 @@ def test_an_index_keeps_the_codec_it_was_made_with(shell: Shell) -> None:
     assert "1 added" in shell.index("--codec", "int8").stdout
 
 
-def test_bench_writes_its_results(shell: Shell, tmp_path: Path) -> None:
+def test_bench_writes_its_results(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvlink_rag.bench.indexing.TOKENS", 1000)
     text = shell.write("a.txt", paragraphs("apple", 40))
     options = ["--out", tmp_path / "bench", "--length", "300", "--repeats", "1"]
     result = shell.run("bench", "--model", shell.model, "--text", text, *options)
@@ -694,10 +697,11 @@ def test_demo(
     smallest = min(demo.corpus_files(), key=lambda file: file.stat().st_size)
     monkeypatch.setattr(demo, "corpus_files", lambda: [smallest])
     monkeypatch.setattr(demo, "QUESTIONS", ("When did the 1973 oil crisis begin?",))
+    monkeypatch.setattr(demo, "CHUNKS_PER_QUESTION", 3)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 16)
     for _ in range(2):
         result = CliRunner().invoke(app, ["demo", "--folder", str(tmp_path / "index")])
         assert result.exit_code == 0, result.output
         assert "1973" in result.stdout
-        assert "10 hits, 0 misses" in result.stdout
+        assert "3 hits, 0 misses" in result.stdout
         assert "x sooner" in result.stdout
