@@ -1,4 +1,4 @@
-"""What a model must be like for chunk caches to be exact, and the identity caches are stored under.
+"""What a model must be like for chunk caches to be exact.
 
 Two lines of defence. Structure: architectures whose keys depend on more than relative position
 are refused by name. Measurement: a few tokens are run at two places of the prompt, and the keys
@@ -8,19 +8,16 @@ the engine is made, never served wrong.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-import xxhash
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from kvlink_rag.attention import FOLDED_DTYPES
 from kvlink_rag.errors import UnsupportedModelError
+from kvlink_rag.identity import fingerprint, probe_cache
 from kvlink_rag.rope import RopeGroup, group_layers, rotate
 
 SUPPORTED = (
@@ -33,37 +30,6 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 MASKABLE = frozenset({"sdpa", "eager"})
 """Attention implementations of transformers that take an additive 4-D mask."""
 
-_IDENTITY_VERSION = 1
-"""Of what a fingerprint is made of."""
-
-# Config entries that do not change what a model computes.
-_NOT_IDENTITY = frozenset(
-    {
-        "_name_or_path",
-        "_model_name_or_path",
-        "transformers_version",
-        "architectures",
-        "use_cache",
-        "dtype",
-        "torch_dtype",
-        "id2label",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-        "problem_type",
-        "initializer_range",
-        "_attn_implementation",
-        "attention_dropout",
-        "quantization_config",
-        "chunk_size_feed_forward",
-    }
-)
-
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
@@ -74,7 +40,7 @@ class Architecture:
         groups: layers by their RoPE frequencies.
         windows: per layer, the sliding window in tokens, or None for full attention.
         max_tokens: the longest prompt the model was made for.
-        fingerprint: SHA-256 over configuration, every weight and number type.
+        fingerprint: the model's identity (:mod:`kvlink_rag.identity`).
         maskable: whether its attention takes a custom mask (`recompute` and `link` need one).
         foldable: whether its attention is plain grouped-query attention, on a CPU.
     """
@@ -126,37 +92,6 @@ def inspect_model(model: PreTrainedModel, name: str) -> Architecture:
         maskable=attention in MASKABLE,
         foldable=attention == "sdpa" and keys.device.type == "cpu" and keys.dtype in FOLDED_DTYPES,
     )
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over configuration, RoPE, every weight and number type.
-
-    All bytes of all weights are read (xxh3, at memory speed), so that any other model, whether
-    fine-tuned, quantised or merged with an adapter, gets other caches.
-    """
-    weights = xxhash.xxh3_128()
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.cpu().contiguous().view(-1)
-        if flat.numel():
-            weights.update(flat.view(torch.uint8).numpy().data)
-    identity = {
-        "format": _IDENTITY_VERSION,
-        "class": type(model).__name__,
-        "config": _identity(model.config.to_dict()),
-        "dtype": str(model.dtype),
-        "weights": weights.hexdigest(),
-    }
-    text = json.dumps(identity, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _identity(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {k: _identity(v) for k, v in config.items() if k not in _NOT_IDENTITY}
-    return config
 
 
 def _refuse(name: str, reason: str) -> UnsupportedModelError:
@@ -280,25 +215,13 @@ def _probe(
 def _probe_cache(
     model: PreTrainedModel, name: str, start: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer the keys and values of a few tokens that stand at ``start``."""
-    vocabulary: int = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
-    token_ids = torch.arange(7, device=model.device)[None] * 31 % vocabulary
-    cache = DynamicCache()
-    positions = torch.arange(start, start + token_ids.shape[1], device=model.device)[None]
+    """:func:`probe_cache`, or a refusal."""
     try:
-        model.get_decoder()(
-            input_ids=token_ids, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        layers = cast("list[CacheLayerMixin]", cache.layers)
-        pairs = [(layer.keys, layer.values) for layer in layers]
+        return probe_cache(model, start)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise _refuse(
             name, f"its forward pass does not take a cache and positions ({error})"
         ) from error
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    if len(pairs) != count or any(k is None or k.dim() != 4 or v is None for k, v in pairs):
-        raise _refuse(name, "not every layer keeps keys and values of every token")
-    return [(k, v) for k, v in pairs if k is not None and v is not None]
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

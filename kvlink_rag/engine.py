@@ -322,6 +322,7 @@ class KVLinkEngine(Prefiller):
         recompute_by: RecomputeBy | None,
         tools: Sequence[Mapping[str, Any]],
     ) -> Request:
+        self._check_unchanged()
         recompute = self.recompute_tokens if recompute_tokens is None else recompute_tokens
         if recompute < 0:
             raise InputError(f"recompute_tokens must be 0 or more, not {recompute}")

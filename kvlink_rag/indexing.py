@@ -26,6 +26,7 @@ class Indexing:
     """
 
     def __init__(self, engine: Prefiller, chunks: Sequence[Chunk]) -> None:
+        engine._check_unchanged()
         self._engine, self._count, self._watch = engine, len(chunks), Stopwatch()
         self._texts: dict[str, list[int]] = {}  # by key
         self._owners: dict[str, list[str]] = {}

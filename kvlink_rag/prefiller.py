@@ -16,6 +16,7 @@ from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
 from kvlink_rag.encode import Encoder
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.forward import run_at, run_behind
+from kvlink_rag.identity import adapter_state
 from kvlink_rag.in_place import LinkedContext, Span, serves
 from kvlink_rag.link import ContextCache
 from kvlink_rag.model_lock import lock_of
@@ -94,6 +95,7 @@ class Prefiller:
             if adapter is not None:
                 self.model, self.reader = adapter.apply(model, merge=merge_adapter)
             self.architecture: Architecture = inspect_model(self.model, name)
+        self._adapters_in_model = adapter_state(self.model)
         self.tokenizer = tokenizer
         self.name = name
         self.store = store
@@ -118,6 +120,19 @@ class Prefiller:
     def fingerprint(self) -> str:
         """Identity of the model, part of every cache's key."""
         return self.architecture.fingerprint
+
+    def _check_unchanged(self) -> None:
+        """Refuse to go on where the model computes something else than when it was identified.
+
+        Raises:
+            InputError: one of its adapters was switched on or off meanwhile.
+        """
+        if self._adapters_in_model and adapter_state(self.model) != self._adapters_in_model:
+            raise InputError(
+                f"an adapter of {self.name} was switched, merged or scaled since the engine was "
+                "made, and caches of one are wrong for the other: make an engine for it "
+                "(KVLinkEngine.from_pretrained((model, tokenizer), store=...)), or switch it back"
+            )
 
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
         """The store's keys of chunks, in order."""
