@@ -20,10 +20,10 @@ import torch
 from kvlink_rag import Chunk, KVLinkEngine
 from kvlink_rag.bench.corpus import QUESTION, corpus_ids, cut_chunks
 from kvlink_rag.bench.series import machine
+from kvlink_rag.common.progress import bar
 from kvlink_rag.evaluation.data import Example, data_folder, read_examples
 from kvlink_rag.evaluation.rows import CodedStore
-from kvlink_rag.models import DEFAULT_MODEL
-from kvlink_rag.progress import bar
+from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 from kvlink_rag.store import FolderStore
 from kvlink_rag.store.codec import CODECS
 

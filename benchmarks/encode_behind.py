@@ -26,13 +26,13 @@ from transformers.masking_utils import sdpa_mask
 
 from kvlink_rag import Chunk, KVLinkEngine
 from kvlink_rag.chunk import ChunkKV
-from kvlink_rag.encode import Encoder
+from kvlink_rag.common.progress import bar
 from kvlink_rag.evaluation.data import Example, data_folder, read_examples
 from kvlink_rag.evaluation.metrics import best_subspan_em, token_f1
-from kvlink_rag.forward import run_behind
-from kvlink_rag.link import ContextCache
-from kvlink_rag.progress import bar
 from kvlink_rag.rope import shift_groups
+from kvlink_rag.runners.transformers.context import ContextCache
+from kvlink_rag.runners.transformers.encode import Encoder
+from kvlink_rag.runners.transformers.forward import run_behind
 
 SETS = ("nq_multidoc10", "hotpotqa", "squad_multidoc")
 MODES = ("alone", "header", "system")

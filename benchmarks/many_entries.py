@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from kvlink_rag.chunk import ChunkKV
-from kvlink_rag.progress import bar
+from kvlink_rag.common.progress import bar
 from kvlink_rag.store import Budget, FolderStore
 
 REPEATS = 200

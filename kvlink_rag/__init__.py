@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvlink_rag.adapter import Adapter
-    from kvlink_rag.answer import Answer, AnswerStream
+    from kvlink_rag.adapters.adapter import Adapter
     from kvlink_rag.chunk import Chunk, ScoredChunk
-    from kvlink_rag.conversation import CHUNKS, Message
-    from kvlink_rag.engine import KVLinkEngine
+    from kvlink_rag.engine.answer import Answer, AnswerStream
+    from kvlink_rag.engine.engine import KVLinkEngine
+    from kvlink_rag.engine.report import IndexReport, Report
     from kvlink_rag.errors import (
         AdapterError,
         AdapterRequiredError,
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedModelError,
     )
-    from kvlink_rag.index import KVIndex
-    from kvlink_rag.prompt import PromptTemplate
-    from kvlink_rag.report import IndexReport, Report
+    from kvlink_rag.index.index import KVIndex
+    from kvlink_rag.prompt.conversation import CHUNKS, Message
+    from kvlink_rag.prompt.layout import PromptTemplate
 
 __all__ = [
     "CHUNKS",
@@ -52,17 +52,17 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CHUNKS": "conversation",
-    "Adapter": "adapter",
-    "Answer": "answer",
-    "AnswerStream": "answer",
+    "CHUNKS": "prompt.conversation",
+    "Adapter": "adapters.adapter",
+    "Answer": "engine.answer",
+    "AnswerStream": "engine.answer",
     "Chunk": "chunk",
-    "IndexReport": "report",
-    "KVIndex": "index",
-    "KVLinkEngine": "engine",
-    "Message": "conversation",
-    "PromptTemplate": "prompt",
-    "Report": "report",
+    "IndexReport": "engine.report",
+    "KVIndex": "index.index",
+    "KVLinkEngine": "engine.engine",
+    "Message": "prompt.conversation",
+    "PromptTemplate": "prompt.layout",
+    "Report": "engine.report",
     "ScoredChunk": "chunk",
 }
 

@@ -26,7 +26,7 @@ class Chunk:
         text: the passage. Strings that look like special tokens stay text.
         id: who refers to the cache (a row of an index, a node, a file's part). Caches are released
             by this id; without one the text itself is the id.
-        title: shown to the model before the text (see :func:`kvlink_rag.prompt.render_chunk`).
+        title: shown to the model before the text (see :mod:`kvlink_rag.prompt.layout`).
         metadata: carried along, never shown to the model, never part of the cache's key.
     """
 
@@ -82,7 +82,7 @@ class ChunkKV:
         token_ids: the chunk's tokens, without what it was encoded behind.
         behind: tokens it was encoded behind, whose own keys are not part of the cache; empty when
             it was encoded alone.
-        fingerprint: identity of the model that made it (:mod:`kvlink_rag.architecture`).
+        fingerprint: identity of the model that made it, as its runner says.
         keys: ``[layers, kv_heads, tokens, head_dim]`` at the positions where they were computed,
             ``position, position + 1, ...``, whatever prompt they become part of.
         values: ``[layers, kv_heads, tokens, value_dim]``.

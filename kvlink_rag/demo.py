@@ -12,12 +12,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from kvlink_rag.corpus import corpus_files as corpus_files
+from kvlink_rag.common.corpus import corpus_files as corpus_files
 
 if TYPE_CHECKING:
-    from kvlink_rag.answer import Answer
-    from kvlink_rag.engine import KVLinkEngine
-    from kvlink_rag.index import KVIndex
+    from kvlink_rag.engine.answer import Answer
+    from kvlink_rag.engine.engine import KVLinkEngine
+    from kvlink_rag.index.index import KVIndex
 
 QUESTIONS = (
     "What are the three major types of rock?",
@@ -60,12 +60,13 @@ def run(folder: Path | None = None) -> None:
         ModelNotFoundError: the default models cannot be had.
         StoreError: the folder cannot be used.
     """
-    from kvlink_rag import models
-    from kvlink_rag.index import KVIndex
-    from kvlink_rag.progress import quiet_libraries
+    from kvlink_rag.common.paths import cache_dir
+    from kvlink_rag.common.progress import quiet_libraries
+    from kvlink_rag.index.index import KVIndex
+    from kvlink_rag.runners.transformers import models
 
     console = Console(width=min(WIDTH, Console().width), highlight=False)
-    folder = models.cache_dir() / "demo-index" if folder is None else folder
+    folder = cache_dir() / "demo-index" if folder is None else folder
     quiet_libraries()
     for model in (models.DEFAULT_MODEL, models.DEFAULT_EMBEDDINGS):
         models.resolve(model)
@@ -86,7 +87,7 @@ def run(folder: Path | None = None) -> None:
 
 def update(index: KVIndex) -> None:
     """Index the articles that the index does not have yet."""
-    from kvlink_rag.ingest import Plan, Splitting, carry_out
+    from kvlink_rag.index.ingest import Plan, Splitting, carry_out
 
     splitting = Splitting(model=index.engine.name)
     recorded = index.catalog.sources()
@@ -114,8 +115,8 @@ def ask(index: KVIndex, question: str) -> Result:
 
 
 def _load() -> KVLinkEngine:
-    from kvlink_rag import models
-    from kvlink_rag.engine import KVLinkEngine
+    from kvlink_rag.engine.engine import KVLinkEngine
+    from kvlink_rag.runners.transformers import models
 
     return KVLinkEngine.from_pretrained(models.DEFAULT_MODEL)
 

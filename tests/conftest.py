@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from kvlink_rag import models
+from kvlink_rag.runners.transformers import models
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kvlink_rag import KVLinkEngine, PromptTemplate
-from kvlink_rag.prefill import Prefill
+from kvlink_rag.engine.prefill import Prefill
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|start|>system\nBe kind.<|end|>\n{% endif %}"

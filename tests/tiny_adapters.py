@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from kvlink_rag import Adapter, KVLinkEngine, PromptTemplate
-from kvlink_rag.adapter import AdapterKind, BaseModel, LinkLayout, LinkTokens, add_lora
-from kvlink_rag.prefill import Prefill
+from kvlink_rag.adapters.adapter import AdapterKind, BaseModel, LinkLayout, LinkTokens, add_lora
+from kvlink_rag.engine.prefill import Prefill
 
 KINDS = get_args(AdapterKind)
 LAYOUTS = get_args(LinkLayout)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 
 CHUNKS = 10

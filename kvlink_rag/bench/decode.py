@@ -11,8 +11,8 @@ from transformers import DynamicCache
 from kvlink_rag.bench.corpus import QUESTION
 from kvlink_rag.bench.series import Series, Steps
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.engine import KVLinkEngine
-from kvlink_rag.prefill import Prefill
+from kvlink_rag.engine.engine import KVLinkEngine
+from kvlink_rag.engine.prefill import Prefill
 from kvlink_rag.store import FolderStore
 
 TOKENS = 16

@@ -12,8 +12,8 @@ import torch
 
 from kvlink_rag.bench.corpus import cut_chunk
 from kvlink_rag.bench.series import Series, Steps
-from kvlink_rag.encode import plan_batches
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.engine.engine import KVLinkEngine
+from kvlink_rag.runners.transformers.encode import plan_batches
 from kvlink_rag.store import FolderStore
 
 MIXES: dict[str, Sequence[int]] = {

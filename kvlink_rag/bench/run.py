@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvlink_rag.adapter import Adapter, load_adapter
+from kvlink_rag.adapters.adapter import Adapter, load_adapter
 from kvlink_rag.bench.corpus import corpus_ids, cut_chunks
 from kvlink_rag.bench.decode import measure_decode
 from kvlink_rag.bench.indexing import MIXES, IndexResult, measure_indexing
 from kvlink_rag.bench.series import Series, Steps, machine
 from kvlink_rag.bench.ttft import LengthResult, measure_length
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.common.progress import bar
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
-from kvlink_rag.progress import bar
 
 LENGTHS = (1000, 2000, 5000, 8000)
 DECODE_TOKENS = 5000

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 if TYPE_CHECKING:
-    from kvlink_rag.engine import KVLinkEngine
+    from kvlink_rag.engine.engine import KVLinkEngine
 
 
 @dataclass

@@ -17,10 +17,10 @@ import torch
 from kvlink_rag.bench.corpus import QUESTION
 from kvlink_rag.bench.series import Series, Steps
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.engine import KVLinkEngine
-from kvlink_rag.forward import run_behind
-from kvlink_rag.prefill import RecomputeBy, Strategy
-from kvlink_rag.prompt import PromptLayout
+from kvlink_rag.engine.engine import KVLinkEngine
+from kvlink_rag.engine.prefill import RecomputeBy, Strategy
+from kvlink_rag.prompt.layout import PromptLayout
+from kvlink_rag.runners.transformers.forward import run_behind
 from kvlink_rag.store import FolderStore
 from kvlink_rag.store.ram import RamTier
 

@@ -22,9 +22,9 @@ from kvlink_rag.errors import IndexMismatchError, InputError
 
 if TYPE_CHECKING:
     from kvlink_rag.chunk import ScoredChunk
-    from kvlink_rag.documents import Skipped
-    from kvlink_rag.ingest import Plan, Splitting, Summary
-    from kvlink_rag.report import Report
+    from kvlink_rag.engine.report import Report
+    from kvlink_rag.index.documents import Skipped
+    from kvlink_rag.index.ingest import Plan, Splitting, Summary
 
 Strategy = Literal["reuse", "recompute", "full", "link"]
 LinkLayout = Literal["slot", "shared", "tail"]
@@ -109,9 +109,9 @@ def index(
 ) -> None:
     """Bring an index up to date: index what changed, remove what vanished."""
     prepare()
-    from kvlink_rag.index_catalog import IndexCatalog
-    from kvlink_rag.index_check import is_index
-    from kvlink_rag.ingest import make_plan
+    from kvlink_rag.index.catalog import IndexCatalog
+    from kvlink_rag.index.check import is_index
+    from kvlink_rag.index.ingest import make_plan
     from kvlink_rag.store.codec import check_codec
 
     if codec is not None and codec != "auto":
@@ -139,8 +139,8 @@ def _splitting(
     out: Path, known: dict[str, str], model: str | None, tokens: int | None, overlap: int | None
 ) -> Splitting:
     """The settings given, else those that the index was made with, else the defaults."""
-    from kvlink_rag.ingest import Splitting
-    from kvlink_rag.models import DEFAULT_MODEL
+    from kvlink_rag.index.ingest import Splitting
+    from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 
     before = known.get("model") or known.get("model_name")
     model = model and _absolute(model)
@@ -172,8 +172,8 @@ def _update(
     remote: str | None,
 ) -> Summary:
     """Carry a plan out; the model is loaded only when there is something to do."""
-    from kvlink_rag.index_catalog import IndexCatalog
-    from kvlink_rag.ingest import Summary, carry_out, settle
+    from kvlink_rag.index.catalog import IndexCatalog
+    from kvlink_rag.index.ingest import Summary, carry_out, settle
     from kvlink_rag.store import env_key
 
     key = env_key if encrypt else None
@@ -186,7 +186,7 @@ def _update(
             catalog.set_meta(chosen)
         catalog.close()
         return Summary(unchanged=len(plan.unchanged), skipped=plan.skipped, waiting=waiting)
-    from kvlink_rag.index import KVIndex
+    from kvlink_rag.index.index import KVIndex
 
     engine = load_engine(splitting.model, splitting.adapter, cache_after)
     with KVIndex.open(out, engine, codec=codec, encryption_key=key, remote=remote) as opened:
@@ -216,8 +216,8 @@ def ask(
 ) -> None:
     """Answer a question from an index, and list the sources."""
     prepare()
-    from kvlink_rag.index_catalog import IndexCatalog
-    from kvlink_rag.models import DEFAULT_MODEL
+    from kvlink_rag.index.catalog import IndexCatalog
+    from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 
     catalog = IndexCatalog(folder)
     model = catalog.meta("model") or catalog.meta("model_name") or DEFAULT_MODEL
@@ -228,7 +228,7 @@ def ask(
     if empty:
         raise InputError(f"{folder} holds no chunks: run kvlink index PATH... --out {folder} first")
 
-    from kvlink_rag.index import KVIndex
+    from kvlink_rag.index.index import KVIndex
 
     engine = load_engine(model, adapter, cache_after)
     with KVIndex.open(folder, engine, remote=remote or None) as opened:
@@ -274,12 +274,12 @@ def bench(
 ) -> None:
     """Time to first token of every strategy against full prefill; indexing; decoding."""
     prepare()
-    from kvlink_rag.adapter import shipped_adapters
+    from kvlink_rag.adapters.adapter import shipped_adapters
     from kvlink_rag.bench import run_bench, table, write
     from kvlink_rag.bench.run import LENGTHS
     from kvlink_rag.demo import corpus_files
-    from kvlink_rag.documents import Document, find_files, read_file
-    from kvlink_rag.models import DEFAULT_MODEL
+    from kvlink_rag.index.documents import Document, find_files, read_file
+    from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 
     files = find_files(text) if text else corpus_files()
     documents = [read for file in files if isinstance(read := read_file(file), Document)]
@@ -339,7 +339,7 @@ def train(
 ) -> None:
     """Train link tokens and a LoRA; run the same command again to go on after an interruption."""
     prepare()
-    from kvlink_rag.progress import quiet_libraries
+    from kvlink_rag.common.progress import quiet_libraries
     from kvlink_rag.training.run import train as run
     from kvlink_rag.training.settings import TrainSettings, parse_shares, read_settings
 

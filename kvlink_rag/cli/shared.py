@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from kvlink_rag.errors import InputError, KVLinkError, KVLinkWarning
 
 if TYPE_CHECKING:
-    from kvlink_rag.engine import KVLinkEngine
+    from kvlink_rag.engine.engine import KVLinkEngine
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -46,7 +46,7 @@ class Commands(TyperGroup):
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for ``(files checked, files in all)``."""
-    from kvlink_rag.progress import bar
+    from kvlink_rag.common.progress import bar
 
     with bar(description, 1.0, unit="share") as done:
         yield lambda checked, total: done(checked / max(total, 1))
@@ -64,8 +64,8 @@ def prepare() -> None:
 
 
 def load_engine(model: str, adapter: str = "", cache_after: int = 0) -> KVLinkEngine:
-    from kvlink_rag.engine import KVLinkEngine
-    from kvlink_rag.progress import quiet_libraries
+    from kvlink_rag.common.progress import quiet_libraries
+    from kvlink_rag.engine.engine import KVLinkEngine
 
     quiet_libraries()
     return KVLinkEngine.from_pretrained(model, adapter=adapter or None, cache_after=cache_after)

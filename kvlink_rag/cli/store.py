@@ -37,7 +37,7 @@ Documents = Annotated[
 @store_app.command()
 def stat(folder: Folder) -> None:
     """Count chunks, caches and bytes; budget, hit rate, age, and what is kept of which model."""
-    from kvlink_rag.index_check import is_index, stat_index
+    from kvlink_rag.index.check import is_index, stat_index
 
     if is_index(folder):
         found = stat_index(folder)
@@ -53,7 +53,7 @@ def stat(folder: Folder) -> None:
 @store_app.command()
 def verify(folder: Folder) -> None:
     """Check everything that is stored; exit code 1 when something is damaged or left over."""
-    from kvlink_rag.index_check import is_index, verify_index
+    from kvlink_rag.index.check import is_index, verify_index
 
     with _caches(folder) as store, progress_bar("Verifying") as progress:
         check = verify_index(folder, progress) if is_index(folder) else store.verify(progress)
@@ -67,7 +67,7 @@ def verify(folder: Folder) -> None:
 @store_app.command()
 def prune(folder: Folder) -> None:
     """Remove what verify reports, and caches that no document refers to."""
-    from kvlink_rag.index_check import is_index, prune_index
+    from kvlink_rag.index.check import is_index, prune_index
 
     with _caches(folder) as store, progress_bar("Pruning") as progress:
         check = prune_index(folder, progress) if is_index(folder) else store.prune(progress)
@@ -82,7 +82,7 @@ def export_archive(
     archive: Annotated[Path, typer.Argument(metavar="FILE", help="The archive, a tar file.")],
 ) -> None:
     """Write an index or store with all its caches into one file."""
-    from kvlink_rag.archive import write_archive
+    from kvlink_rag.index.archive import write_archive
 
     with progress_bar("Exporting") as progress:
         files = write_archive(folder, archive, progress)
@@ -95,7 +95,7 @@ def import_archive(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
 ) -> None:
     """Make an index or store from such a file; everything in it is verified."""
-    from kvlink_rag.archive import read_archive
+    from kvlink_rag.index.archive import read_archive
 
     with progress_bar("Importing") as progress:
         check = read_archive(archive, folder, progress)
@@ -116,9 +116,9 @@ def estimate(
     prepare()
     from rich.table import Table
 
-    from kvlink_rag.documents import Document, chunks_of, find_files, read_file
-    from kvlink_rag.estimate import estimate as run
-    from kvlink_rag.models import DEFAULT_MODEL
+    from kvlink_rag.index.documents import Document, chunks_of, find_files, read_file
+    from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
+    from kvlink_rag.tuning.estimate import estimate as run
 
     documents = [each for f in find_files(paths) if isinstance(each := read_file(f), Document)]
     if not documents:
@@ -149,7 +149,7 @@ def migrate(
     codec: Annotated[str, typer.Option(help="bf16, fp8, int8 or int4.")],
 ) -> None:
     """Write the caches of a raw store with another codec, in place; killed, run it again."""
-    from kvlink_rag.store.migrate import migrate as run
+    from kvlink_rag.store.folder.migrate import migrate as run
 
     with _caches(folder) as store:
         path, before = store.path, store.stat()
@@ -219,8 +219,8 @@ def _limit(text: str) -> int | None:
 
 def _ids(folder: Path, documents: list[str], pinned: list[str]) -> list[str]:
     """What documents are pinned by: files of an index by their path, all else by id."""
-    from kvlink_rag.index_catalog import IndexCatalog
-    from kvlink_rag.index_check import is_index
+    from kvlink_rag.index.catalog import IndexCatalog
+    from kvlink_rag.index.check import is_index
 
     if not is_index(folder):
         return documents
@@ -241,8 +241,8 @@ def _ids(folder: Path, documents: list[str], pinned: list[str]) -> list[str]:
 @contextmanager
 def _caches(folder: Path) -> Iterator[FolderStore]:
     """The store of an index, or a bare one; a mistyped folder must not become one."""
-    from kvlink_rag.index_catalog import CACHES
-    from kvlink_rag.index_check import is_index
+    from kvlink_rag.index.catalog import CACHES
+    from kvlink_rag.index.check import is_index
     from kvlink_rag.store import FolderStore
 
     path = folder / CACHES if is_index(folder) else folder
@@ -256,7 +256,7 @@ def _caches(folder: Path) -> Iterator[FolderStore]:
 
 
 def _print_stat(store: FolderStore) -> None:
-    from kvlink_rag.store.outbox import waiting
+    from kvlink_rag.store.folder.outbox import waiting
 
     found, usage = store.stat(), store.usage()
     typer.echo(

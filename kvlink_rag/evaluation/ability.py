@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.common.progress import bar
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.evaluation.data import field, held_out, read_rows, set_name
 from kvlink_rag.evaluation.items import digest_of
 from kvlink_rag.evaluation.journal import Journal
 from kvlink_rag.evaluation.plan import Plan
 from kvlink_rag.evaluation.rows import FORMAT
-from kvlink_rag.progress import bar
 
 FileKind = Literal["text", "instructions"]
 
@@ -133,7 +133,7 @@ def describe(plan: Plan, base: KVLinkEngine, files: Sequence[File]) -> list[dict
 
 
 def _model(base: KVLinkEngine, adapter: str) -> str:
-    from kvlink_rag.adapter import load_adapter
+    from kvlink_rag.adapters.adapter import load_adapter
 
     if adapter == OFF:
         return base.fingerprint

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from kvlink_rag.architecture import Architecture
 from kvlink_rag.errors import InputError, UnsupportedModelError
-from kvlink_rag.link import ContextCache
+from kvlink_rag.runners.transformers.architecture import Architecture
+from kvlink_rag.runners.transformers.context import ContextCache
 
 NAME = "kvlink_rows"
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.documents import split
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.common.progress import bar
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.evaluation.data import Example, QuestionSet, SetKind
 from kvlink_rag.evaluation.plan import Plan, Row
-from kvlink_rag.progress import bar
+from kvlink_rag.index.documents import split
 
 PART_TOKENS = 300
 """Longer documents of a summary set are cut into chunks of at most so many tokens."""

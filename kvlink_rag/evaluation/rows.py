@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlink_rag.chunk import RAW, ChunkKV
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import AdapterRequiredError
 from kvlink_rag.evaluation.items import digest_of
 from kvlink_rag.evaluation.plan import Row

@@ -11,7 +11,10 @@ from typing import Any
 
 from kvlink_rag.bench.series import machine
 from kvlink_rag.chunk import RAW
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.common.progress import bar
+from kvlink_rag.engine.engine import KVLinkEngine
+from kvlink_rag.engine.prefill import Prefill
+from kvlink_rag.engine.report import Stopwatch
 from kvlink_rag.evaluation import ability
 from kvlink_rag.evaluation.data import read_set
 from kvlink_rag.evaluation.decode import decode
@@ -20,10 +23,7 @@ from kvlink_rag.evaluation.journal import Journal, Line
 from kvlink_rag.evaluation.metrics import best_subspan_em, rouge_l, token_f1
 from kvlink_rag.evaluation.plan import Plan, Row
 from kvlink_rag.evaluation.rows import context_key, row_digest, row_engines
-from kvlink_rag.forward import run_behind
-from kvlink_rag.prefill import Prefill
-from kvlink_rag.progress import bar
-from kvlink_rag.report import Stopwatch
+from kvlink_rag.runners.transformers.forward import run_behind
 from kvlink_rag.store import MemoryStore
 
 GROUP_QUESTIONS = 16

@@ -7,14 +7,14 @@ import os
 import re
 from pathlib import Path
 
+from kvlink_rag.common.paths import cache_dir
 from kvlink_rag.errors import InputError
-from kvlink_rag.models import cache_dir
 from kvlink_rag.store.base import Budget, KVStore, StoreCheck, StoreStat, StoreUsage
 from kvlink_rag.store.encryption import EncryptionKey, env_key
-from kvlink_rag.store.folder import FolderStore, is_store
+from kvlink_rag.store.folder.store import FolderStore, is_store
 from kvlink_rag.store.memory import MemoryStore
 from kvlink_rag.store.ram import RamTier
-from kvlink_rag.store.remote import (
+from kvlink_rag.store.remote.base import (
     FsspecRemote,
     RedisRemote,
     Remote,
@@ -23,7 +23,7 @@ from kvlink_rag.store.remote import (
     open_remote,
     redacted,
 )
-from kvlink_rag.store.remote_tier import RemoteTier
+from kvlink_rag.store.remote.tier import RemoteTier
 
 __all__ = [
     "Budget",
@@ -62,7 +62,7 @@ def open_store(
 
     Args:
         store: a folder, a URL, a store (returned as it is), or None for one in memory. A URL is a
-            remote (see :mod:`kvlink_rag.store.remote`) behind a folder of its own in the user's
+            remote (:mod:`kvlink_rag.store.remote`) behind a folder of its own in the user's
             cache folder.
         ram_bytes: memory for recently used caches of a folder (:class:`RamTier`); 0 for none.
         codec, budget, encryption_key: of a folder (:class:`FolderStore`).

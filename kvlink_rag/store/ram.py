@@ -17,9 +17,9 @@ import torch
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError
 from kvlink_rag.store.base import KVStore, StoreCheck, StoreStat
-from kvlink_rag.store.behind import FolderBehind
 from kvlink_rag.store.codec import codec_for
-from kvlink_rag.store.folder import FolderStore
+from kvlink_rag.store.folder.behind import FolderBehind
+from kvlink_rag.store.folder.store import FolderStore
 
 QUEUE = 256
 """Records that may wait to be copied; what is found while so many wait is not kept."""

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.documents import SUFFIXES
 from kvlink_rag.errors import InputError
 from kvlink_rag.evaluation.data import data_folder
 from kvlink_rag.evaluation.data import held_out as is_kept
+from kvlink_rag.index.documents import SUFFIXES
 from kvlink_rag.training.lesson import Lesson, Turn
 from kvlink_rag.training.settings import TrainSettings
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.conversation import CHUNKS
-from kvlink_rag.documents import SUFFIXES, Document, chunks_of, find_files, read_file
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.common.progress import bar
+from kvlink_rag.common.whole import write_whole
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
-from kvlink_rag.progress import bar
-from kvlink_rag.whole import write_whole
+from kvlink_rag.index.documents import SUFFIXES, Document, chunks_of, find_files, read_file
+from kvlink_rag.prompt.conversation import CHUNKS
 
 ASK = {"role": "user", "content": [CHUNKS, "Write a question about a fact in this text."]}
 """A message of its own: behind the engine's words for a brief answer small models ask in circles,

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvlink_rag.adapter import AdapterKind, LinkTokens
-from kvlink_rag.attention import fast_attention
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.adapters.adapter import AdapterKind, LinkTokens
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.rope import shift_groups
+from kvlink_rag.runners.transformers.attention import fast_attention
 from kvlink_rag.training.attention import PackContext
 from kvlink_rag.training.lesson import Lesson
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from kvlink_rag.adapter import Adapter, BaseModel, LinkTokens, load_adapter
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.adapters.adapter import Adapter, BaseModel, LinkTokens, load_adapter
+from kvlink_rag.common.whole import write_whole
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
-from kvlink_rag.prompt import PromptTemplate
+from kvlink_rag.prompt.layout import PromptTemplate
 from kvlink_rag.training.data import Lessons
 from kvlink_rag.training.held_out import held_out_losses
 from kvlink_rag.training.lesson import Lesson
@@ -26,7 +27,6 @@ from kvlink_rag.training.own_documents import is_documents, write_questions
 from kvlink_rag.training.pack import Pack, Packer
 from kvlink_rag.training.plot import plot_losses
 from kvlink_rag.training.settings import TrainSettings
-from kvlink_rag.whole import write_whole
 
 SETTINGS = "settings.json"
 TRAINED = "trained.safetensors"

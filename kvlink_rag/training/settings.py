@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from kvlink_rag.adapter import AdapterKind, LinkLayout
+from kvlink_rag.adapters.adapter import AdapterKind, LinkLayout
 from kvlink_rag.errors import InputError
-from kvlink_rag.models import DEFAULT_MODEL
-from kvlink_rag.prompt import DEFAULT_BEHIND, EncodeBehind
+from kvlink_rag.prompt.layout import DEFAULT_BEHIND, EncodeBehind
+from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 from kvlink_rag.training.lesson import View
 
 MOST_SEEDS = 2**32 - 1

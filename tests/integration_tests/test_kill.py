@@ -78,7 +78,7 @@ def forked(work: Callable[[], None], kill_after_s: float | None = None) -> bool:
 
 def contents(out: Path) -> tuple[dict, dict, dict]:
     """Rows, files and caches of an index, as they lie on disk."""
-    from kvlink_rag.index_catalog import IndexCatalog
+    from kvlink_rag.index.catalog import IndexCatalog
     from kvlink_rag.store import FolderStore
 
     catalog, store = IndexCatalog(out), FolderStore(out / "kv")
@@ -96,7 +96,7 @@ def contents(out: Path) -> tuple[dict, dict, dict]:
 
 
 def verify(out: Path) -> None:
-    from kvlink_rag.index_check import prune_index, verify_index
+    from kvlink_rag.index.check import prune_index, verify_index
 
     assert not verify_index(out).corrupt
     prune_index(out)
@@ -117,7 +117,7 @@ def first_index(tmp_path_factory, model_folder, default_embeddings_folder) -> tu
     import sentence_transformers  # noqa: F401  slow to import: done once, before the forks
 
     import kvlink_rag.cli
-    import kvlink_rag.index  # noqa: F401
+    import kvlink_rag.index.index  # noqa: F401
 
     folder = tmp_path_factory.mktemp("first")
     write_files(folder / "documents", range(6), seed=0)

@@ -13,7 +13,8 @@ from langchain_kvlink import ChatKVLink
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from kvlink_rag import KVLinkEngine, models
+from kvlink_rag import KVLinkEngine
+from kvlink_rag.runners.transformers import models
 
 pytestmark = pytest.mark.model
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvlink_rag import Chunk, KVLinkEngine
-from kvlink_rag.models import DEFAULT_MODEL
+from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 
 pytestmark = [
     pytest.mark.model,

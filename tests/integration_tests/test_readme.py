@@ -191,7 +191,7 @@ def test_pip_install_gives_package_corpus_and_command(tmp_path):
     )
     (wheel,) = tmp_path.glob("kvlink_rag-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "kvlink_rag/engine.py" in names
+    assert "kvlink_rag/engine/engine.py" in names
     assert "kvlink_rag/py.typed" in names
     assert "kvlink_rag/_corpus/apollo_program.md" in names
     assert any(name.endswith("entry_points.txt") for name in names)

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.index_check import prune_index, verify_index
+from kvlink_rag.index.check import prune_index, verify_index
 from kvlink_rag.store import Budget, FolderStore
 
 if TYPE_CHECKING:
     from kvlink_rag import KVLinkEngine
-    from kvlink_rag.index import KVIndex
+    from kvlink_rag.index.index import KVIndex
 
 KILLS = int(os.environ.get("KVLINK_KILLS", "24"))
 WORKERS = 2
@@ -65,7 +65,7 @@ def vectors(texts: Any) -> np.ndarray:
 
 
 def opened(path: Path, engine: KVLinkEngine) -> KVIndex:
-    from kvlink_rag.index import KVIndex
+    from kvlink_rag.index.index import KVIndex
 
     return KVIndex.open(path, engine, embeddings=vectors)
 

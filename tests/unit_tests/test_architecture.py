@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 from kvlink_rag import KVLinkEngine, UnsupportedModelError
-from kvlink_rag.architecture import fingerprint, inspect_model
+from kvlink_rag.runners.transformers.architecture import fingerprint, inspect_model
 
 SMALL = {k: v for k, v in tiny.SIZES.items() if k != "initializer_range"}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 320}

@@ -16,8 +16,8 @@ import pytest
 import tiny
 
 from kvlink_rag import Chunk, InputError, KVIndex
-from kvlink_rag.archive import read_archive, write_archive
-from kvlink_rag.index_check import verify_index
+from kvlink_rag.index.archive import read_archive, write_archive
+from kvlink_rag.index.check import verify_index
 from kvlink_rag.store import FolderStore
 
 CHUNKS = [Chunk(f"Fact {i} is {i * i}.", id=f"é-{i}", metadata={"n": i}) for i in range(12)]
@@ -257,7 +257,7 @@ def test_a_killed_export_leaves_the_old_one(made: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.tar"
     target.write_bytes(b"old")
     script = (
-        "import os, signal, sys\nfrom kvlink_rag.archive import write_archive\n"
+        "import os, signal, sys\nfrom kvlink_rag.index.archive import write_archive\n"
         "def die(done, total):\n    if done == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_archive(sys.argv[1], sys.argv[2], die)\n"
     )

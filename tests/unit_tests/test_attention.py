@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvlink_rag import attention
-from kvlink_rag.attention import NAME, attend, fast_attention, make_mask
-from kvlink_rag.encode import Encoder
+from kvlink_rag.runners.transformers import attention
+from kvlink_rag.runners.transformers.attention import NAME, attend, fast_attention, make_mask
+from kvlink_rag.runners.transformers.encode import Encoder
 
 
 def sizes(queries: int, tokens: int, **options: Any) -> dict[str, Any]:

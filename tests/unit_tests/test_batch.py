@@ -10,7 +10,7 @@ import tiny
 from tiny_adapters import LAYOUTS, adapter
 
 from kvlink_rag import Chunk, InputError, KVLinkEngine
-from kvlink_rag.answer import Answer
+from kvlink_rag.engine.answer import Answer
 from kvlink_rag.store import MemoryStore
 
 TOWER = Chunk("The tower is 330 m tall.", id="tower")

@@ -7,17 +7,17 @@ import tiny
 import torch
 
 from kvlink_rag import InputError, KVLinkEngine
-from kvlink_rag.calibration import (
+from kvlink_rag.common.corpus import corpus_files, paragraphs
+from kvlink_rag.engine.fidelity import compare
+from kvlink_rag.store import FolderStore, MemoryStore
+from kvlink_rag.store.codec import coded
+from kvlink_rag.tuning.codec import (
     BUILT_IN,
     CHUNKS_PER_CASE,
     built_in_cases,
     choose_codec,
     resolve_codec,
 )
-from kvlink_rag.corpus import corpus_files, paragraphs
-from kvlink_rag.fidelity import compare
-from kvlink_rag.store import FolderStore, MemoryStore
-from kvlink_rag.store.codec import coded
 
 CHUNKS = ["The tower is 330 m tall, and was built in 1889.", "Bees dance to tell of flowers."]
 CASES = [("How tall is it?", CHUNKS), ("What do bees do?", CHUNKS[::-1])]
@@ -173,7 +173,7 @@ class TestAuto:
             calls.append(engine)
             return choose_codec(engine, CASES, bound=1e9, progress=False)
 
-        monkeypatch.setattr("kvlink_rag.calibration.choose_codec", choose)
+        monkeypatch.setattr("kvlink_rag.tuning.codec.choose_codec", choose)
         return calls
 
     def test_a_new_folder_is_made_with_the_codec_chosen(self, tmp_path, counted):

@@ -18,14 +18,15 @@ import torch
 from pypdf import PdfWriter
 from typer.testing import CliRunner, Result
 
-from kvlink_rag import Adapter, KVIndex, KVLinkEngine, PromptTemplate, demo, ingest
-from kvlink_rag.adapter import AdapterKind, LinkTokens
+from kvlink_rag import Adapter, KVIndex, KVLinkEngine, PromptTemplate, demo
+from kvlink_rag.adapters.adapter import AdapterKind, LinkTokens
 from kvlink_rag.cli import app
 from kvlink_rag.cli.shared import parse_size
 from kvlink_rag.errors import InputError
-from kvlink_rag.index_catalog import IndexCatalog
-from kvlink_rag.index_check import verify_index
-from kvlink_rag.ingest import Splitting, make_plan
+from kvlink_rag.index import ingest
+from kvlink_rag.index.catalog import IndexCatalog
+from kvlink_rag.index.check import verify_index
+from kvlink_rag.index.ingest import Splitting, make_plan
 from kvlink_rag.store import FolderStore
 
 
@@ -54,7 +55,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def _small_embeddings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "model" not in request.keywords:
-        monkeypatch.setattr("kvlink_rag.index.SentenceEmbeddings", WordVectors)
+        monkeypatch.setattr("kvlink_rag.index.index.SentenceEmbeddings", WordVectors)
 
 
 class Shell:
@@ -193,7 +194,7 @@ def test_a_moved_file_costs_no_encoding(shell: Shell, monkeypatch: pytest.Monkey
     (shell.docs / "two").mkdir()
     path.rename(shell.docs / "two" / "notes.txt")
     monkeypatch.setattr(
-        "kvlink_rag.encode.Encoder.encode",
+        "kvlink_rag.runners.transformers.encode.Encoder.encode",
         lambda self, texts, *a, **k: iter([]) if not texts else pytest.fail("encoded again"),
     )
     assert "1 added, 0 changed, 0 unchanged, 1 removed" in shell.index().stdout

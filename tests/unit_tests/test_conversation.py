@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from kvlink_rag import CHUNKS, Chunk, InputError, PromptTemplate
-from kvlink_rag.prompt import PromptLayout
+from kvlink_rag.prompt.layout import PromptLayout
 
 TOKENIZER = tiny.tokenizer()
 WORDS = PromptTemplate(before="Docs:\n", question="Q: {question}")

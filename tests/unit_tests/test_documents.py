@@ -11,8 +11,8 @@ from pypdf import PdfReader, PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from kvlink_rag.documents import Document, Skipped, chunks_of, find_files, read_file, split
 from kvlink_rag.errors import InputError
+from kvlink_rag.index.documents import Document, Skipped, chunks_of, find_files, read_file, split
 
 
 class Bytes:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvlink_rag import embeddings as module
-from kvlink_rag.embeddings import SentenceEmbeddings, embed, embedding_name, normalise
 from kvlink_rag.errors import InputError
+from kvlink_rag.index import embeddings as module
+from kvlink_rag.index.embeddings import SentenceEmbeddings, embed, embedding_name, normalise
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,8 @@ def test_a_folder_is_known_by_its_last_part(tmp_path: Path) -> None:
 
 def test_sentence_transformers_is_imported_late() -> None:
     code = (
-        "import sys; from kvlink_rag.embeddings import SentenceEmbeddings; SentenceEmbeddings(); "
+        "import sys; from kvlink_rag.index.embeddings import SentenceEmbeddings\n"
+        "SentenceEmbeddings()\n"
         "assert 'sentence_transformers' not in sys.modules"
     )
     root = Path(module.__file__).parents[1]

@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from kvlink_rag.architecture import inspect_model
-from kvlink_rag.encode import Encoder, plan_batches
 from kvlink_rag.rope import rotate, shift_groups
+from kvlink_rag.runners.transformers.architecture import inspect_model
+from kvlink_rag.runners.transformers.encode import Encoder, plan_batches
 
 
 def encoder(name: str) -> Encoder:

@@ -10,7 +10,8 @@ import tiny
 import torch
 
 from kvlink_rag import Chunk, InputError, KVLinkEngine
-from kvlink_rag.estimate import (
+from kvlink_rag.store import FolderStore
+from kvlink_rag.tuning.estimate import (
     QUESTION,
     SAMPLE,
     CodecEstimate,
@@ -20,7 +21,6 @@ from kvlink_rag.estimate import (
     _sample,
     estimate,
 )
-from kvlink_rag.store import FolderStore
 
 RNG = random.Random(0)
 TEXTS = [

@@ -13,7 +13,7 @@ import tiny_adapters
 import torch
 
 from kvlink_rag import InputError
-from kvlink_rag.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
+from kvlink_rag.engine.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
 
 CHUNKS = [
     "The tower is 330 m tall.",

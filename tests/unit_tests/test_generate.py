@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from kvlink_rag import InputError
-from kvlink_rag.generate import GenerateSettings, Sampler, TextStream, stop_ids
+from kvlink_rag.runners.transformers.generate import GenerateSettings, Sampler, TextStream, stop_ids
 
 TOKENIZER = tiny.tokenizer()
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from kvlink_rag import InputError, KVLinkEngine
-from kvlink_rag.identity import fingerprint
+from kvlink_rag.runners.transformers.identity import fingerprint
 
 CHUNKS = ["Bees dance to tell others where flowers are.", "Ants follow trails of scent."]
 QUESTION = "How do ants find their way?"

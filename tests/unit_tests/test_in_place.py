@@ -12,8 +12,8 @@ from tiny_adapters import LAYOUTS, adapter
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvlink_rag import Chunk, KVLinkEngine, in_place
-from kvlink_rag.in_place import LinkedContext
-from kvlink_rag.link import ContextCache
+from kvlink_rag.runners.transformers.context import ContextCache
+from kvlink_rag.runners.transformers.in_place import LinkedContext
 
 MODELS = ["llama", "llama-yarn", "mistral", "qwen3", "gemma3", "phi", "phi3-sliding", "smollm3"]
 CHUNKS = [

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from kvlink_rag.chunk import Chunk, ChunkKV, ScoredChunk, as_chunks
-from kvlink_rag.engine import KVLinkEngine
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import IndexMismatchError, InputError, StoreError
-from kvlink_rag.index import BATCH, KVIndex
-from kvlink_rag.index_catalog import IndexCatalog
-from kvlink_rag.index_check import is_index, prune_index, stat_index, verify_index
+from kvlink_rag.index.catalog import IndexCatalog
+from kvlink_rag.index.check import is_index, prune_index, stat_index, verify_index
+from kvlink_rag.index.index import BATCH, KVIndex
 from kvlink_rag.store import KVStore, MemoryStore
 
 DIM = 16

@@ -15,19 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import kvlink_rag.index
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.index_check import prune_index, verify_index
+from kvlink_rag.index.check import prune_index, verify_index
+from kvlink_rag.index.index import KVIndex
 
 if TYPE_CHECKING:
-    from kvlink_rag.index import KVIndex
+    from kvlink_rag.index.index import KVIndex
 
 KILLS = 15
 IDS = 6
 
 
 def run(what: str, *arguments: object) -> subprocess.Popen[str]:
-    root = str(Path(kvlink_rag.index.__file__).parents[1])
+    root = str(Path(kvlink_rag.index.index.__file__).parents[1])
     return subprocess.Popen(
         [sys.executable, __file__, what, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
@@ -58,7 +58,7 @@ def opened(path: str) -> KVIndex:
     # as a script, this file has its folder on the path
     from test_index import FakeEmbeddings, FakeEngine
 
-    return kvlink_rag.index.KVIndex.open(path, cast(Any, FakeEngine()), embeddings=FakeEmbeddings())
+    return KVIndex.open(path, cast(Any, FakeEngine()), embeddings=FakeEmbeddings())
 
 
 def fill(path: str, name: str) -> None:

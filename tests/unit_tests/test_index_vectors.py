@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.embeddings import Vectors, normalise
-from kvlink_rag.index_catalog import IndexCatalog, add_rows, delete_rows, generation_of
-from kvlink_rag.index_vectors import VectorTable, make_faiss
+from kvlink_rag.index.catalog import IndexCatalog, add_rows, delete_rows, generation_of
+from kvlink_rag.index.embeddings import Vectors, normalise
+from kvlink_rag.index.vectors import VectorTable, make_faiss
 
 DIM = 16
 
@@ -109,7 +109,7 @@ def test_a_snapshot_is_taken_up(
     synced(catalog, VectorTable(catalog.folder, flat_limit)).save()
     add(catalog, vectors[100:], prefix="later ")
     remove(catalog, "5")
-    monkeypatch.setattr("kvlink_rag.index_vectors.make_faiss", no_rebuild)
+    monkeypatch.setattr("kvlink_rag.index.vectors.make_faiss", no_rebuild)
     table = synced(catalog, VectorTable(catalog.folder, flat_limit))
     assert nearest(table, vectors[101]) == 102
     assert set(table.search(vectors[5][None], 200)) == set(range(1, 103)) - {6}

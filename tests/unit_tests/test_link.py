@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from kvlink_rag import UnsupportedModelError
-from kvlink_rag.forward import run_at, run_behind
+from kvlink_rag.runners.transformers.forward import run_at, run_behind
 
 
 def test_decoding_beyond_the_capacity_grows_the_cache():

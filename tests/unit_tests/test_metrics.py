@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvlink_rag import Chunk, InputError, KVLinkWarning
-from kvlink_rag.metrics import EngineMetrics
-from kvlink_rag.report import PARTS
+from kvlink_rag.engine.observe.metrics import EngineMetrics
+from kvlink_rag.engine.report import PARTS
 from kvlink_rag.store import Budget, open_store
 
 CHUNKS = ["The tower is 330 m tall.", "Bees dance to tell where flowers are."]
@@ -212,7 +212,7 @@ def test_names_keep_to_the_conventions():
 def test_without_the_package():
     code = (
         "import sys\nsys.modules['prometheus_client'] = None\n"
-        "from kvlink_rag.metrics import EngineMetrics\n"
+        "from kvlink_rag.engine.observe.metrics import EngineMetrics\n"
         "try:\n    EngineMetrics(None)\n"
         "except ValueError as error:\n    print(error)"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvlink_rag.model_lock import ModelLock
+from kvlink_rag.runners.transformers.model_lock import ModelLock
 
 CHILD = """
 import json, os, sys, time

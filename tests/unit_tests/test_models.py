@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from kvlink_rag import models
 from kvlink_rag.errors import ModelNotFoundError
+from kvlink_rag.runners.transformers import models
 
 FILES = {"config.json": '{"model": "ready"}', "1_Pooling/config.json": "{}", "vocab.txt": "a\nb"}
 

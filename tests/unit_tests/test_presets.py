@@ -13,10 +13,11 @@ import torch
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from kvlink_rag import CHUNKS, AdapterError, Chunk, InputError, KVLinkEngine, PromptTemplate, ingest
-from kvlink_rag.adapter import SETTINGS, Adapter, LinkTokens, load_adapter
-from kvlink_rag.presets import PRESETS
-from kvlink_rag.prompt import PromptLayout, render_chunk
+from kvlink_rag import CHUNKS, AdapterError, Chunk, InputError, KVLinkEngine, PromptTemplate
+from kvlink_rag.adapters.adapter import SETTINGS, Adapter, LinkTokens, load_adapter
+from kvlink_rag.adapters.presets import PRESETS
+from kvlink_rag.index import ingest
+from kvlink_rag.prompt.layout import PromptLayout, render_chunk
 
 NAME = "kvlink5-llama"
 TOLERANCE = 1e-4

@@ -7,7 +7,7 @@ import tiny
 from transformers import PreTrainedTokenizerFast
 
 from kvlink_rag import Chunk, InputError, PromptTemplate
-from kvlink_rag.prompt import PromptLayout, render_chunk
+from kvlink_rag.prompt.layout import PromptLayout, render_chunk
 
 TOKENIZER = tiny.tokenizer()
 CONTROL = {TOKENIZER.convert_tokens_to_ids(t) for t in ("<|start|>", "<|end|>", "<tool>")}

@@ -12,8 +12,8 @@ import tiny_adapters
 import torch
 
 from kvlink_rag import InputError, KVLinkEngine, UnsupportedModelError
-from kvlink_rag.prefill import Prefill
-from kvlink_rag.relevance import attention_paid
+from kvlink_rag.engine.prefill import Prefill
+from kvlink_rag.runners.transformers.relevance import attention_paid
 
 TEXTS = [
     "A chunk that is a good deal longer than any of the sliding windows of these models are.",
@@ -117,7 +117,7 @@ class TestMeasurement:
         def fail(*args):
             raise ZeroDivisionError
 
-        monkeypatch.setattr("kvlink_rag.relevance.run_behind", fail)
+        monkeypatch.setattr("kvlink_rag.runners.transformers.relevance.run_behind", fail)
         with pytest.raises(ZeroDivisionError):
             one.prefill(QUESTION, TEXTS, **GUIDED)
         assert one.model.config._attn_implementation == "sdpa"

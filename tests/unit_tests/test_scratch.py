@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvlink_rag.scratch import KEPT, Scratch
+from kvlink_rag.runners.transformers.scratch import KEPT, Scratch
 
 
 def test_memory_is_used_again() -> None:

@@ -17,8 +17,8 @@ import torch
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store import FolderStore, KVStore, MemoryStore, StoreStat, open_store
-from kvlink_rag.store import files as files_module
-from kvlink_rag.store import uses as uses_module
+from kvlink_rag.store.folder import files as files_module
+from kvlink_rag.store.folder import uses as uses_module
 from kvlink_rag.store.record import CorruptRecord, map_record
 
 ABSENT = "0" * 64

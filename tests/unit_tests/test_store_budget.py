@@ -20,7 +20,7 @@ from kvlink_rag.store import (
     RemoteTier,
     open_store,
 )
-from kvlink_rag.store.catalog import BASE
+from kvlink_rag.store.folder.catalog import BASE
 
 
 def make_record(number: int, tokens: int = 4) -> ChunkKV:

@@ -18,7 +18,7 @@ import torch
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store import FolderStore, StoreStat
-from kvlink_rag.store import files as files_module
+from kvlink_rag.store.folder import files as files_module
 
 ABSENT = "0" * 64
 

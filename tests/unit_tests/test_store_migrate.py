@@ -23,10 +23,10 @@ from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.rope import RopeGroup
 from kvlink_rag.store import Budget, FolderStore, StoreStat
-from kvlink_rag.store import migrate as migrate_module
 from kvlink_rag.store.codec import CODECS, codec_for, coded
-from kvlink_rag.store.files import ChunkFiles
-from kvlink_rag.store.migrate import migrate
+from kvlink_rag.store.folder import migrate as migrate_module
+from kvlink_rag.store.folder.files import ChunkFiles
+from kvlink_rag.store.folder.migrate import migrate
 
 KEY = bytes(range(32))
 RECORDS = 8

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import KVLinkWarning, StoreError
 from kvlink_rag.store import Budget, FolderStore
-from kvlink_rag.store.files import ChunkFiles
+from kvlink_rag.store.folder.files import ChunkFiles
 
 NUMBERS = st.integers(0, 5)
 DOCUMENTS = st.sampled_from(["a/1", "a/2", "é"])

@@ -38,8 +38,8 @@ from kvlink_rag.store import (
     open_store,
     redacted,
 )
-from kvlink_rag.store.migrate import migrate
-from kvlink_rag.store.outbox import Operation, Outbox
+from kvlink_rag.store.folder.migrate import migrate
+from kvlink_rag.store.folder.outbox import Operation, Outbox
 
 ABSENT = "0" * 64
 PATIENCE_S = 30.0
@@ -459,7 +459,7 @@ class TestTrouble:
     def test_an_object_that_is_refused_holds_up_no_other(
         self, machine: Machine, shared: Shared, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("kvlink_rag.store.uploads.REFUSED_S", 0.01)
+        monkeypatch.setattr("kvlink_rag.store.remote.uploads.REFUSED_S", 0.01)
         records = [make_record(number) for number in range(1, 4)]
         write = shared.write
 
@@ -546,7 +546,7 @@ class TestWithin:
     ) -> None:
         other = machine("b")
         other._guard.speed.note(100.0, 1000)
-        monkeypatch.setattr("kvlink_rag.store.guard.FORGOTTEN_S", 0.0)
+        monkeypatch.setattr("kvlink_rag.store.remote.guard.FORGOTTEN_S", 0.0)
         assert is_right(other.get(stored.key, within_s=PATIENCE_S), stored)
 
     def test_the_estimate_follows_latency_and_size(self, machine: Machine) -> None:
@@ -635,8 +635,8 @@ class TestProcesses:
     def test_what_closing_leaves_is_uploaded_by_the_next(
         self, machine: Machine, shared: Shared, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("kvlink_rag.store.remote_tier.CLOSE_S", 0.05)
-        monkeypatch.setattr("kvlink_rag.store.uploads.STOP_S", 0.05)
+        monkeypatch.setattr("kvlink_rag.store.remote.tier.CLOSE_S", 0.05)
+        monkeypatch.setattr("kvlink_rag.store.remote.uploads.STOP_S", 0.05)
         tier = machine("a")
         shared.gate.clear()
         tier.put(make_record(1))

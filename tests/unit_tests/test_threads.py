@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from kvlink_rag.threads import Threads
+from kvlink_rag.common.threads import Threads
 
 
 def test_results_come_in_order() -> None:

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from kvlink_rag.tracing import trace
+from kvlink_rag.engine.observe.tracing import trace
 
 CHUNKS = ["The tower is 330 m tall.", "Bees dance to tell where flowers are."]
 QUESTION = "How tall is it?"
@@ -159,8 +159,8 @@ def test_switched_off():
 def test_nothing_is_imported_unless_switched_on():
     code = (
         "import sys\nsys.modules['opentelemetry'] = None\n"
-        "import kvlink_rag.engine, kvlink_rag.tracing\n"
-        "try:\n    kvlink_rag.tracing.trace(None)\n"
+        "import kvlink_rag.engine.engine, kvlink_rag.engine.observe.tracing\n"
+        "try:\n    kvlink_rag.engine.observe.tracing.trace(None)\n"
         "except ValueError as error:\n    print(error)\n"
         "print([m for m in sys.modules if m.startswith('opentelemetry.')])"
     )

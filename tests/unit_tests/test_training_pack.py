@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tiny_adapters import KINDS, LAYOUTS, PROMPT
 
 from kvlink_rag import Chunk, InputError
-from kvlink_rag.forward import run_behind
+from kvlink_rag.runners.transformers.forward import run_behind
 from kvlink_rag.training.attention import _PackAttention
 from kvlink_rag.training.lesson import Lesson, Turn
 from kvlink_rag.training.model import LinkModel

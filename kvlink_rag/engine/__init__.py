@@ -1,0 +1,1 @@
+"""What is reused, in which order and by which strategy; it runs no model itself."""

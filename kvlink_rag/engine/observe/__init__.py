@@ -1,0 +1,1 @@
+"""Finished reports for those who watch: Prometheus metrics, OpenTelemetry spans."""

@@ -1,0 +1,1 @@
+"""Documents, their vectors and their chunk caches in one folder."""

@@ -1,0 +1,1 @@
+"""Who runs a model: :mod:`base` says what every one can do, the folders beside it do it."""

@@ -1,0 +1,396 @@
+"""Chunk caches attended where they lie: nothing is copied, whatever the order of the chunks.
+
+RoPE is relative, so instead of moving a chunk's keys forward to its place in the prompt, a query is
+moved back by as much, once for each chunk. The keys stay as they are in the mapped file or in
+memory, for any number of prompts at a time. What a prompt adds of its own, link tokens, question
+and answer, is a small cache beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from kvlink_rag.adapters.adapter import LinkTokens
+from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.errors import UnsupportedModelError
+from kvlink_rag.rope import turn
+from kvlink_rag.runners.transformers.architecture import Architecture
+from kvlink_rag.runners.transformers.attention import is_plain, use_attention
+from kvlink_rag.runners.transformers.context import ContextCache, new_cache
+from kvlink_rag.runners.transformers.forward import inputs
+from kvlink_rag.runners.transformers.scratch import Scratch
+
+NAME = "kvlink_in_place"
+BLOCK_QUERIES = 64
+"""Queries that attention is computed for at once: their scores stay in the processor's cache."""
+LEAST_QUERIES = 12
+"""Below, another block costs more than it saves."""
+FEW_ROWS, FEW_TOKENS = 12, 256
+"""Up to these sizes a half-precision matrix product costs less in float32: for half precision a
+kernel of 0.7 MB is made for every size that a process meets, in 0.5 ms and more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A chunk cache that a prompt reads.
+
+    Args:
+        record: keys and values; nothing changes them.
+        start: position of the first token in the prompt.
+    """
+
+    record: ChunkKV
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last token."""
+        return self.start + len(self.record.token_ids)
+
+    @property
+    def shift(self) -> int:
+        """How far the keys would have to move."""
+        return self.start - self.record.position
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Neighbouring queries that attention is computed for at once.
+
+    Attributes:
+        queries: which of the forward pass.
+        seen: indices of spans that some of them see, and what is added to the scores
+            (``[queries, tokens]``), or None where each sees all.
+        own: the same for the tokens that the prompt adds.
+    """
+
+    queries: slice
+    seen: list[tuple[int, torch.Tensor | None]]
+    own: torch.Tensor | None
+
+    @cached_property
+    def indices(self) -> torch.Tensor:
+        """Of the spans seen."""
+        return torch.tensor([index for index, _ in self.seen])
+
+
+class LinkedContext:
+    """A prompt's context, made of spans and of the tokens that are computed for it.
+
+    Args:
+        architecture: of the model that the spans are for; on CPU.
+        spans: prefix and chunks, in any order.
+        own: an empty cache with room for all other tokens of prompt and answer.
+        scratch: what all contexts of a model compute in.
+
+    Attributes:
+        positions: of the tokens in ``own``.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        spans: Sequence[Span],
+        own: ContextCache,
+        scratch: Scratch,
+    ) -> None:
+        self.architecture = architecture
+        self._scratch = scratch
+        self.spans = list(spans)
+        self.own = own
+        self.positions: list[int] = []
+        # queries go back as far as the keys would go forward
+        shifts = -torch.tensor([span.shift for span in spans], dtype=torch.float32)
+        self._angles: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # cosines and sines
+        for group in architecture.groups:
+            its = None
+            if group.inv_freq is not None and spans:
+                angles = shifts[:, None, None, None] * group.inv_freq.to(torch.float32)
+                its = (angles.cos(), angles.sin())  # [spans, 1, 1, half]
+            count = len(range(*group.layers.indices(architecture.layers)))
+            self._angles += [its] * count
+        self._blocks: dict[int | None, list[_Block]] = {}
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last token."""
+        ends = [span.stop for span in self.spans]
+        return max([*ends, *(position + 1 for position in self.positions)], default=0)
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        links: LinkTokens | None = None,
+    ) -> torch.Tensor:
+        """:func:`run_together` for this context alone; logits ``[vocab]``."""
+        return run_together(model, [Tokens(self, token_ids, positions)], links)[0]
+
+    def expect(self, positions: Sequence[int]) -> None:
+        """Prepare for new tokens at these positions: who sees what."""
+        self.positions += positions
+        self._blocks = {
+            window: list(self._plan(list(positions), window))
+            for window in set(self.architecture.windows)
+        }
+
+    def copied(self) -> ContextCache:
+        """All of it in one cache, with as much room for more tokens as there is here."""
+        a, own, used = self.architecture, self.own, len(self.positions)
+        cache = new_cache(a, self.stop + own.capacity - used)
+        for span in self.spans:
+            cache.place(span.record, span.start, a.groups)
+        where = torch.tensor(self.positions, dtype=torch.long)
+        cache.key_buffer.index_copy_(3, where, own.key_buffer[:, :, :, :used])
+        cache.value_buffer.index_copy_(3, where, own.value_buffer[:, :, :, :used])
+        cache.set_length(self.stop)
+        return cache
+
+    def _plan(self, positions: list[int], window: int | None) -> Iterator[_Block]:
+        """Who sees what in layers with this window."""
+        dtype = self.architecture.dtype
+        for queries in _cut(positions):
+            at = positions[queries]
+            seen = []
+            for index, span in enumerate(self.spans):
+                if _sees_some(at, span.start, span.stop, window):
+                    keys = range(span.start, span.stop)
+                    seen.append((index, _bias(at, keys, window, dtype)))
+            yield _Block(queries, seen, _bias(at, self.positions, window, dtype))
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Grouped-query attention of the new tokens, whose keys and values are kept.
+
+        The query heads of a group share a matrix product.
+
+        Args:
+            query: ``[1, heads, queries, head_dim]``.
+            key, value: of the new tokens, ``[1, kv_heads, queries, dim]``.
+
+        Returns:
+            ``[queries, heads, value_dim]``.
+        """
+        own_keys, own_values = (each[0] for each in self.own.update(key, value, layer))
+        _, heads, queries, dim = query.shape
+        kv_heads = own_keys.shape[0]
+        folded = (query[0] * scale).reshape(kv_heads, heads // kv_heads, queries, dim)
+        mixed = query.new_empty(queries, heads, own_values.shape[2])
+        result = mixed.view(queries, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
+        for block in self._blocks[self.architecture.windows[layer]]:
+            rows = folded[:, :, block.queries]
+            out = self._mixed(rows.reshape(kv_heads, -1, dim), layer, block, own_keys, own_values)
+            result[:, :, block.queries] = out.view(*rows.shape[:3], -1).to(query.dtype)
+        return mixed
+
+    def _mixed(
+        self,
+        rows: torch.Tensor,
+        layer: int,
+        block: _Block,
+        own_keys: torch.Tensor,
+        own_values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of a block's queries, ``[kv_heads, rows, head_dim]``; float32 values mixed."""
+        records = [self.spans[index].record for index, _ in block.seen]
+        keys = [*(record.keys[layer] for record in records), own_keys]
+        values = [*(record.values[layer] for record in records), own_values]
+        biases = [*(bias for _, bias in block.seen), block.own]
+        lengths = [each.shape[1] for each in keys]
+        shape = (*rows.shape[:2], sum(lengths))
+        scores = self._scratch.tensor("scores", shape, rows.dtype)
+        turned = [*self._turned(rows, layer, block), rows]
+        parts = torch.split_with_sizes(scores, lengths, 2)
+        for its, key, bias, out in zip(turned, keys, biases, parts, strict=True):
+            _multiply(
+                its, key.transpose(1, 2), out, few=key is own_keys or key.shape[1] <= FEW_TOKENS
+            )
+            if bias is not None:  # the same for all query heads
+                out.view(len(out), -1, *bias.shape).add_(bias)
+        weights = self._scratch.tensor("weights", shape, rows.dtype)
+        torch.softmax(scores, -1, out=weights)
+        parts = torch.split_with_sizes(weights, lengths, 2)
+        mixed = rows.new_empty(len(keys), *rows.shape[:2], own_values.shape[2])
+        for weight, value, out in zip(parts, values, mixed, strict=True):
+            few = value is own_values or value.shape[1] <= FEW_TOKENS
+            _multiply(weight, value, out, few)
+        return mixed.sum(0, dtype=torch.float32)
+
+    def _turned(self, rows: torch.Tensor, layer: int, block: _Block) -> torch.Tensor:
+        """Queries as they meet each span that is seen, ``[spans, kv_heads, rows, head_dim]``."""
+        angles, count = self._angles[layer], len(block.seen)
+        if angles is None or not count:
+            return rows.expand(count, *rows.shape)
+        cos, sin = (each[block.indices] for each in angles)
+        return turn(rows, cos, sin, rows.new_empty(count, *rows.shape))
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, few: bool) -> None:
+    """Batched ``out = a @ b``.
+
+    Args:
+        few: tokens of which there are few, or another number of each time.
+    """
+    if few and a.shape[1] <= FEW_ROWS:
+        out.copy_(torch.bmm(a.float(), b.float()))
+    else:
+        torch.bmm(a, b, out=out)
+
+
+def _cut(positions: Sequence[int]) -> Iterator[slice]:
+    """Blocks of queries; link tokens of different slots apart, since the first see few chunks."""
+    start = 0
+    for stop in range(1, len(positions) + 1):
+        last = stop == len(positions)
+        gap = not last and positions[stop] != positions[stop - 1] + 1
+        if last or stop - start == BLOCK_QUERIES or (gap and stop - start >= LEAST_QUERIES):
+            yield slice(start, stop)
+            start = stop
+
+
+def _sees_some(at: Sequence[int], start: int, stop: int, window: int | None) -> bool:
+    """Whether one of the positions ``at`` (increasing) sees one of ``start ... stop - 1``."""
+    return start <= at[-1] and (window is None or at[0] - (stop - 1) < window)
+
+
+def _bias(
+    at: Sequence[int], keys: Sequence[int], window: int | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """``[queries, keys]``: 0 where a position sees another, else -inf; None if each sees all."""
+    if keys[-1] <= at[0] and (window is None or at[-1] - keys[0] < window):
+        return None
+    distance = torch.tensor(at)[:, None] - torch.tensor(keys)[None]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """New tokens of one context.
+
+    Args:
+        token_ids, positions: of the tokens; positions are increasing, and none of them is taken.
+    """
+
+    context: LinkedContext
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+
+
+@torch.inference_mode()
+def run_together(
+    model: PreTrainedModel, parts: Sequence[Tokens], links: LinkTokens | None = None
+) -> torch.Tensor:
+    """Run new tokens of several contexts in one forward pass, and keep them in their contexts.
+
+    Each token sees every token of its context at a position up to its own. All go through the
+    linear layers as one sequence: a forward pass over few tokens costs what reading the weights
+    costs.
+
+    Args:
+        model: hold its lock.
+        links: link tokens that may be among the tokens.
+
+    Returns:
+        logits of each context's last token, ``[contexts, vocab]`` float32.
+    """
+    token_ids = [token for part in parts for token in part.token_ids]
+    positions = [position for part in parts for position in part.positions]
+    last = torch.tensor([len(part.token_ids) for part in parts]).cumsum(0) - 1
+    for part in parts:
+        part.context.expect(part.positions)
+    with use_attention(model, NAME), _running(parts):
+        out = model(
+            **inputs(model, torch.tensor([token_ids]), links),
+            position_ids=torch.tensor([positions]),
+            use_cache=False,
+            logits_to_keep=last,
+        )
+    logits: torch.Tensor = out.logits[0].float()
+    return logits
+
+
+@torch.inference_mode()
+def serves(model: PreTrainedModel, architecture: Architecture) -> bool:
+    """Whether a model's attention is what is computed here: measured on a few tokens."""
+    if not architecture.foldable:
+        return False
+    token_ids = list(range(1, 6))
+    own = new_cache(architecture, len(token_ids))
+    try:
+        found = LinkedContext(architecture, [], own, Scratch()).run(model, token_ids, range(5))
+    except UnsupportedModelError:
+        return False
+    expected = model(input_ids=torch.tensor([token_ids]), logits_to_keep=1).logits[0, -1].float()
+    tolerance = 1e-3 if architecture.dtype == torch.float32 else 0.1
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+_RUNNING: ContextVar[Sequence[Tokens]] = ContextVar("running")
+
+
+@contextmanager
+def _running(parts: Sequence[Tokens]) -> Iterator[None]:
+    token = _RUNNING.set(parts)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: attention of the running tokens, context by context.
+
+    Args:
+        query: ``[1, heads, tokens, head_dim]``; ``key`` and ``value`` alike with ``kv_heads``.
+
+    Returns:
+        ``[1, tokens, heads, value_dim]``, and None for the weights.
+
+    Raises:
+        UnsupportedModelError: the model's scores are changed on their way.
+    """
+    if not is_plain(options):
+        raise UnsupportedModelError(f"{type(module).__name__} is no plain attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer, start, mixed = int(module.layer_idx), 0, []  # type: ignore[arg-type]
+    for part in _RUNNING.get():
+        mine = slice(start, start + len(part.token_ids))
+        mixed.append(
+            part.context.attend(layer, query[:, :, mine], key[:, :, mine], value[:, :, mine], scale)
+        )
+        start = mine.stop
+    return torch.cat(mixed)[None], None
+
+
+def _no_mask(**_: Any) -> None:
+    """Who sees whom is the contexts' business."""
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, _no_mask)

@@ -1,0 +1,1 @@
+"""Chunk caches in a folder: one file each, and a catalog of them."""

@@ -1,0 +1,1 @@
+"""What several machines share behind their folders: object storage, Redis."""

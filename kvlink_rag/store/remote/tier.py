@@ -1,0 +1,417 @@
+"""A folder in front of a remote that several machines share."""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
+
+from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.errors import InputError, StoreError
+from kvlink_rag.store.base import StoreCheck, StoreStat
+from kvlink_rag.store.folder.behind import FolderBehind
+from kvlink_rag.store.folder.outbox import MOST_UPLOADS, NAME, Operation, Outbox
+from kvlink_rag.store.folder.store import FolderStore
+from kvlink_rag.store.record import CorruptRecord
+from kvlink_rag.store.remote.base import Remote, RemoteError, RemoteRefused
+from kvlink_rag.store.remote.guard import Guard
+from kvlink_rag.store.remote.uploads import Uploader
+
+TIMEOUT_S = 5.0
+RETRY_S = 30.0
+PROGRESS_S = 0.5
+"""Between two words about uploads that are waited for."""
+DOWNLOADS = 32
+"""At a time; what is asked for beyond is computed."""
+STALLED_S = 60.0
+"""Time in which a remote must take something while its uploads are waited for."""
+CLOSE_S = 5.0
+"""How long closing waits for uploads; the rest stays in the outbox."""
+
+
+class RemoteTier(FolderBehind):
+    """A :class:`~kvlink_rag.store.base.KVStore`: a folder, and behind it a remote.
+
+    What the folder lacks is downloaded into it, and verified there before it is used. What is put
+    is in the folder when :meth:`put` returns and is uploaded in the background, deletions too: both
+    wait in the folder's ``outbox.sqlite`` until they are done, by this process or a later one.
+    No trouble with the remote reaches an answer: a cache that does not come in time is computed. A
+    remote that fails is left alone for a while and tried again, and its user warned once.
+
+    What a folder held before it got a remote is uploaded when it gets one. Entries evicted from the
+    folder stay on the remote. Releasing a document deletes there what no other document *of this
+    folder* refers to; another machine that still wants it computes it again.
+
+    Args:
+        folder: closed by :meth:`close`, as is the remote.
+        remote: see :mod:`kvlink_rag.store.remote.base`.
+        timeout_s: how long :meth:`get` waits for the remote at most.
+        retry_s: how long a remote that has failed is left alone.
+        most_uploads: that may wait; beyond, the oldest are given up, with a warning.
+
+    Raises:
+        InputError: a number is not above 0, or a package of the extra ``remote`` is missing.
+        StoreError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: FolderStore,
+        remote: Remote,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retry_s: float = RETRY_S,
+        most_uploads: int = MOST_UPLOADS,
+    ) -> None:
+        numbers = {"timeout_s": timeout_s, "retry_s": retry_s, "most_uploads": most_uploads}
+        for name, number in numbers.items():
+            if not number > 0:
+                raise InputError(f"{name} is {number!r}: pass a number above 0")
+        self.folder = folder
+        self.remote = remote
+        self._timeout_s = timeout_s
+        self._stopped = self._closed = False
+        self._guard = Guard(remote, retry_s)
+        made = not (path := folder.path / NAME).exists()
+        self._outbox = Outbox(path, most_uploads)
+        if made and remote.writable:
+            self._upload(Operation.WRITE, folder.keys())
+        self._uploads = Uploader(folder, self._outbox, self._guard)
+        self._damaged: set[str] = set()  # keys whose object is to be replaced
+        self._renew()
+        folder.watcher = self
+        _tiers.add(self)
+        self._wake()
+
+    @property
+    def codec(self) -> str:
+        """That of the folder."""
+        return self.folder.codec
+
+    @property
+    def answers(self) -> bool:
+        """False after the remote has failed, until it answers again."""
+        return self._guard.answers
+
+    @property
+    def waiting(self) -> int:
+        """Uploads and deletions that the remote has yet to take.
+
+        Raises:
+            StoreError: the outbox cannot be read.
+        """
+        return len(self._outbox)
+
+    def folder_behind(self) -> FolderStore:
+        """The folder."""
+        return self.folder
+
+    def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
+        """The cache under ``key``, from the folder or else the remote; None when it does not come.
+
+        Args:
+            within_s: how long to wait at most. A remote that is known to take longer is not asked;
+                one that does take longer fills the folder for the next time.
+        """
+        record = self.folder.get(key)
+        if record is None:
+            limit_s = self._timeout_s if within_s is None else min(within_s, self._timeout_s)
+            expected_s = self._guard.speed.expected_s()
+            slow = within_s is not None and expected_s is not None and expected_s > within_s
+            if not slow and self._may_have(key):
+                record = self._downloaded(key, limit_s)
+        self._guard.tell()
+        return record
+
+    def has(self, key: str) -> bool:
+        """Whether ``get`` would find an entry: in the folder, or by what the remote says.
+
+        An object that was damaged there is found out when it is first got, and false from then on.
+        """
+        found = self.folder.has(key) or (self._may_have(key) and self._is_on_remote(key))
+        self._guard.tell()
+        return found
+
+    def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
+        """Store in the folder; uploaded later.
+
+        Raises:
+            StoreError, InputError: as the folder says.
+        """
+        self.folder.put(record, documents)
+        self._wake()
+        self._guard.tell()
+
+    def refer(self, references: Iterable[tuple[str, str]]) -> None:
+        """Let documents refer to entries, wherever these are, see the folder."""
+        self.folder.refer(references)
+
+    def release(self, documents: Iterable[str], keep: Collection[str] = ()) -> int:
+        """Drop references, and every entry left without any: from the folder, later the remote.
+
+        Returns:
+            the number of entries removed.
+
+        Raises:
+            StoreError, InputError: as the folder says.
+        """
+        try:
+            return self.folder.release(documents, keep)
+        finally:  # a part may have been removed before an error
+            self._wake()
+            self._guard.tell()
+
+    def count_misses(self, keys: Iterable[str]) -> list[int]:
+        """Count misses, see the folder."""
+        return self.folder.count_misses(keys)
+
+    def references(self, prefix: str = "") -> list[tuple[str, str]]:
+        """Pairs ``(document id, key)`` of the folder."""
+        return self.folder.references(prefix)
+
+    def stat(self) -> StoreStat:
+        """Counts and sizes of the folder."""
+        return self.folder.stat()
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> StoreCheck:
+        """Check the folder."""
+        return self.folder.verify(progress)
+
+    def prune(self, progress: Callable[[int, int], None] | None = None) -> StoreCheck:
+        """Remove from the folder what ``verify`` reports.
+
+        Entries without a document that were put here are deleted from the remote too; what was
+        only downloaded belongs to others and stays there.
+        """
+        try:
+            return self.folder.prune(progress)
+        finally:
+            self._wake()
+            self._guard.tell()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all is uploaded and deleted; False when that takes longer."""
+        done = self._uploads.flush(timeout_s)
+        self._guard.tell()
+        return done
+
+    def upload(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Wait for uploads and deletions for as long as the remote takes them.
+
+        Args:
+            progress: called with (done, in all) now and then.
+
+        Returns:
+            how many are left, when it has failed or taken nothing for a minute; they wait in the
+            folder for the next process.
+        """
+        left = total = self.waiting
+        moved = time.monotonic()
+        while left and self.answers and time.monotonic() - moved < STALLED_S:
+            self._uploads.flush(PROGRESS_S)
+            before, left = left, self.waiting
+            if left < before:
+                moved = time.monotonic()
+            if progress is not None:
+                progress(max(total - left, 0), total)
+        self._guard.tell()
+        return left
+
+    def close(self) -> None:
+        """Wait a little for uploads, then let go of folder and remote; closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(StoreError):  # a broken outbox keeps nothing else open
+            if self._guard.answers:
+                self._uploads.flush(CLOSE_S)
+        self._stop()
+        self._outbox.close()
+        self.folder.close()
+        self.remote.close()
+        self._guard.tell()
+
+    # What the folder tells, within its transactions.
+
+    def stored(self, key: str) -> None:
+        """Have a cache that was put uploaded."""
+        if self._changes_remote():
+            with self._changed:
+                damaged = key in self._damaged
+                self._damaged.discard(key)
+            self._upload(Operation.REPLACE if damaged else Operation.WRITE, [key])
+
+    def released(self, keys: Collection[str]) -> None:
+        """Have objects deleted, and forget what is being downloaded under their keys."""
+        with self._changed:
+            for key in keys:
+                self._downloads.pop(key, None)
+        if self._changes_remote():
+            self._outbox.add(Operation.DELETE, keys)
+
+    def pruned(self, keys: Collection[str]) -> None:
+        """Have those objects deleted that this folder has put there."""
+        self.released(self._outbox.own(keys))
+
+    # Below: what the methods above are made of.
+
+    def _renew(self) -> None:
+        """Start without downloads, as a forked process does."""
+        self._changed = threading.Condition()
+        # by key, until they are done. Whoever takes one out keeps it from being stored
+        self._downloads: dict[str, Future[ChunkKV | None]] = {}
+        self._storing = 0
+
+    def _upload(self, operation: Operation, keys: Iterable[str]) -> None:
+        if self._outbox.add(operation, keys):
+            self._guard.notice(
+                "full",
+                f"more than {self._outbox.most} caches wait to be uploaded to {self.remote.name}: "
+                "the oldest are given up, and stay in the local folder",
+            )
+
+    def _wake(self) -> None:
+        if self.remote.writable or not self._guard.answers:
+            self._uploads.wake()
+
+    def _changes_remote(self) -> bool:
+        if not self.remote.writable:
+            self._guard.notice(
+                "readonly",
+                f"{self.remote.name} can only be read: what is stored or deleted here changes the "
+                "local folder alone",
+            )
+        return self.remote.writable
+
+    def _may_have(self, key: str) -> bool:
+        """Whether it makes sense to ask the remote for a key."""
+        if not self._guard.answers:
+            self._wake()  # so that it is tried again
+            return False
+        if self._stopped or key in self._damaged:
+            return False
+        try:
+            return self._outbox.operation(key) is not Operation.DELETE
+        except StoreError as error:
+            self._guard.notice("outbox", f"{self.remote.name} is not asked: {error}")
+            return False
+
+    def _is_on_remote(self, key: str) -> bool:
+        started, name = time.monotonic(), self.folder.shared_name(key)
+        try:
+            found = self._guard.call(lambda: self.remote.has(name))
+        except RemoteError as error:
+            self._note_trouble(error)
+            return False
+        self._guard.speed.note(time.monotonic() - started, 0)
+        return found
+
+    def _downloaded(self, key: str, limit_s: float) -> ChunkKV | None:
+        """What a download brings in time."""
+        with self._changed:
+            if (download := self._downloads.get(key)) is None:
+                if self._stopped or len(self._downloads) >= DOWNLOADS:
+                    return None
+                download = self._downloads[key] = Future()
+                thread = threading.Thread(
+                    target=self._download, args=(key, download), name="kvlink-get", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # too many threads, or the process is ending
+                    del self._downloads[key]
+                    return None
+        try:
+            return download.result(limit_s)
+        except concurrent.futures.TimeoutError:
+            if limit_s == self._timeout_s:
+                self._guard.gave_up(limit_s)
+                self._wake()
+            return None
+
+    def _download(self, key: str, download: Future[ChunkKV | None]) -> None:
+        record = None
+        try:
+            data = self._read(key)
+            if data is not None:
+                record = self._stored_here(key, data, download)
+        finally:
+            with self._changed:
+                if self._downloads.get(key) is download:
+                    del self._downloads[key]
+            download.set_result(record)
+
+    def _read(self, key: str) -> bytes | None:
+        started, name = time.monotonic(), self.folder.shared_name(key)
+        try:
+            data = self._guard.call(lambda: self.remote.read(name))
+        except RemoteError as error:
+            self._note_trouble(error)
+            return None
+        self._guard.speed.note(time.monotonic() - started, len(data or b""))
+        return data
+
+    def _stored_here(
+        self, key: str, data: bytes, download: Future[ChunkKV | None]
+    ) -> ChunkKV | None:
+        """A downloaded file as a cache of the folder; None where it is damaged or not wanted."""
+        with self._changed:
+            if self._stopped:  # the process may be ending, and torch with it
+                return None
+            self._storing += 1
+        try:
+            return self.folder.adopt(key, data, lambda: self._downloads.get(key) is download)
+        except CorruptRecord as reason:
+            with self._changed:
+                self._damaged.add(key)
+            self._guard.notice(
+                "damaged",
+                f"{self.remote.name} holds damaged objects, such as {key[:12]}... ({reason}); they "
+                "are computed anew and replaced",
+            )
+        except StoreError as error:
+            self._guard.notice("folder", f"downloaded caches are not kept: {error}")
+        finally:
+            with self._changed:
+                self._storing -= 1
+                self._changed.notify_all()
+        return None
+
+    def _note_trouble(self, error: RemoteError) -> None:
+        if isinstance(error, RemoteRefused):
+            self._guard.notice("refuses", f"{error}; what it refuses is computed")
+        self._wake()  # the guard tells the rest, and may want a trial
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._downloads.clear()
+            self._changed.wait_for(lambda: self._storing == 0)
+        self._uploads.stop()
+
+
+_tiers: weakref.WeakSet[RemoteTier] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    for tier in list(_tiers):
+        tier._renew()
+        tier._guard.renew()
+        tier._uploads.renew()
+
+
+def _stop_all() -> None:
+    for tier in list(_tiers):
+        tier._stop()
+
+
+# A daemon thread that is inside torch while the interpreter goes away can abort the process.
+atexit.register(_stop_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)

@@ -1,0 +1,66 @@
+"""Twins of an engine to measure codecs with: nothing of it is stored, counted or told."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvlink_rag.chunk import RAW, Chunk
+from kvlink_rag.engine.report import Observers
+from kvlink_rag.errors import StoreError
+from kvlink_rag.store import FolderStore
+from kvlink_rag.store.codec import CODECS, codec_for
+
+if TYPE_CHECKING:
+    from kvlink_rag.engine.engine import KVLinkEngine
+
+
+@contextmanager
+def trial_engines(
+    engine: KVLinkEngine, folder: Path | None = None
+) -> Iterator[dict[str, KVLinkEngine]]:
+    """Twins by codec, each with an empty folder of that codec, until the block ends.
+
+    Args:
+        folder: where these are made; None takes the place for temporary files.
+    """
+    with tempfile.TemporaryDirectory(prefix="kvlink-trial-", dir=folder) as name, ExitStack() as on:
+        twins = {}
+        for codec in CODECS:
+            if codec_for(codec, engine.architecture.dtype) == codec:
+                store = on.enter_context(closing(FolderStore(Path(name) / codec, codec)))
+                twins[codec] = twin = engine.with_store(store)
+                twin.observers = Observers()
+        yield twins
+
+
+def store_wanted(
+    twins: dict[str, KVLinkEngine], question: str, chunks: Sequence[str | Chunk]
+) -> dict[str, str]:
+    """Compute what a prompt wants, and store it in every twin.
+
+    Returns:
+        why, by codec, for those that cannot hold it; they are removed from ``twins``.
+
+    Raises:
+        InputError: the prompt is too long, or empty.
+        StoreError: not even `raw` can be written.
+    """
+    raw, refused = twins[RAW], {}
+    request = raw._request(question, chunks, "reuse", None, None, None, ())
+    for text, behind in raw._prompt(request, 1).wanted:
+        if not text or raw.store.has(raw._key_behind(text, behind)):
+            continue
+        record = raw.cache_of(text, behind, keep=False)
+        for codec, twin in list(twins.items()):  # `raw` is the first of them
+            try:
+                twin.store.put(record)
+            except StoreError as error:
+                if codec == RAW:
+                    raise
+                refused[codec] = str(error)
+                del twins[codec]
+    return refused
