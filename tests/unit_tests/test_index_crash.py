@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import kvlink_rag
 from kvlink_rag.chunk import Chunk
 from kvlink_rag.index.check import prune_index, verify_index
 from kvlink_rag.index.index import KVIndex
@@ -27,7 +28,7 @@ IDS = 6
 
 
 def run(what: str, *arguments: object) -> subprocess.Popen[str]:
-    root = str(Path(kvlink_rag.index.index.__file__).parents[1])
+    root = str(Path(kvlink_rag.__file__).parents[1])
     return subprocess.Popen(
         [sys.executable, __file__, what, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},

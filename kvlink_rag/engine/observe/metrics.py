@@ -7,8 +7,8 @@
     start_http_server(9000)
 
 Of answers and prefills, by ``engine.observers``: `kvlink_answers_total` by `strategy`;
-`kvlink_ttft_seconds`, a histogram by `strategy`; `kvlink_ttft_part_seconds_total` by `part` (as
-:data:`~kvlink_rag.engine.report.PARTS` says); `kvlink_chunk_hits_total`, `kvlink_chunk_misses_total`,
+`kvlink_ttft_seconds`, a histogram by `strategy`; `kvlink_ttft_part_seconds_total` by `part` (those
+of ``report.PARTS``); `kvlink_chunk_hits_total`, `kvlink_chunk_misses_total`,
 `kvlink_reused_tokens_total`, `kvlink_computed_tokens_total`, `kvlink_new_tokens_total`,
 `kvlink_read_bytes_total`; `kvlink_fidelity_kl_nats`, a histogram whose count is the answers that
 were checked, and `kvlink_fidelity_fallbacks_total`.

@@ -14,8 +14,9 @@ An answer becomes
     └── kvlink.check
 
 :meth:`KVLinkEngine.prefill` only the part of `kvlink.prefill`, an indexing run `kvlink.index`. What
-did not happen has no span. Spans are made from the finished report, with its times, as children of the span that is current where the answer is finished, such as a web
-request's; nothing runs while the answer is being made. An answer that fails has none.
+did not happen has no span. Spans are made from the finished report, with its times, as children of
+the span that is current where the answer is finished, such as a web request's; nothing runs while
+the answer is being made. An answer that fails has none.
 """
 
 from __future__ import annotations

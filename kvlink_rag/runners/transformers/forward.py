@@ -32,8 +32,8 @@ def run_behind(
 
     Args:
         links: link tokens that may be among ``token_ids``.
-        fast: by our own attention (:func:`fast_attention`); without, by the model's, whose rounding makes
-            half-precision answers those of ``model.generate`` to the last token.
+        fast: by our own attention (:func:`fast_attention`); without, by the model's, whose rounding
+            makes half-precision answers those of ``model.generate`` to the last token.
 
     Returns:
         logits of the last token, ``[vocab]`` float32.
