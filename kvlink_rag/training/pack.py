@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvlink_rag.adapters.adapter import AdapterKind, LinkTokens
+from kvlink_rag.adapters.adapter import AdapterKind
+from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.rope import shift_groups

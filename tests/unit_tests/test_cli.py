@@ -19,7 +19,8 @@ from pypdf import PdfWriter
 from typer.testing import CliRunner, Result
 
 from kvlink_rag import Adapter, KVIndex, KVLinkEngine, PromptTemplate, demo
-from kvlink_rag.adapters.adapter import AdapterKind, LinkTokens
+from kvlink_rag.adapters.adapter import AdapterKind
+from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.cli import app
 from kvlink_rag.cli.shared import parse_size
 from kvlink_rag.errors import InputError

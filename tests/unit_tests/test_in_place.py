@@ -11,7 +11,8 @@ import torch
 from tiny_adapters import LAYOUTS, adapter
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from kvlink_rag import Chunk, KVLinkEngine, in_place
+from kvlink_rag import Chunk, KVLinkEngine
+from kvlink_rag.runners.transformers import in_place
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.in_place import LinkedContext
 
@@ -30,7 +31,7 @@ def engines(name: str, **options: Any) -> tuple[KVLinkEngine, KVLinkEngine]:
     """One that attends in place, and one that copies; they share nothing but the weights."""
     first, second = tiny.engine(name, **options), tiny.engine(name, **options)
     assert first.in_place
-    second.in_place = False
+    second.runner.in_place = False
     return first, second
 
 
@@ -58,7 +59,7 @@ def test_linked_answers_are_those_of_copied_caches(
 ) -> None:
     monkeypatch.setattr(in_place, "LEAST_QUERIES", least)
     one, other = (e.with_adapter(adapter(name, layout=layout)) for e in engines(name))
-    other.in_place = False
+    other.runner.in_place = False
     for chunks in (CHUNKS, CHUNKS[::-1]):
         made = [e.prefill(QUESTION, chunks, strategy="link") for e in (one, other)]
         assert isinstance(made[0].context, LinkedContext)
