@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.adapters.load import load_adapter
-from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks
+from kvlink_rag.chunk import Chunk, as_chunks
 from kvlink_rag.common.asynchronous import in_thread
 from kvlink_rag.engine.answer import Answer, AnswerStream
 from kvlink_rag.engine.batch import answer_together
@@ -50,9 +50,17 @@ class KVLinkEngine:
 
     Attributes:
         runner: what runs the model.
+        name, tokenizer, adapter, fingerprint: the runner's; the last is part of every cache's key.
+        store: where chunk caches are kept.
         layout: the prompt's parts as token ids.
+        behind: token ids that chunks are encoded behind.
         options: the defaults of every answer.
         pipeline: what answers are made with, for those who take a part in it themselves.
+        observers: called with each answer's :class:`~kvlink_rag.Report` and each indexing run's
+            :class:`~kvlink_rag.IndexReport` once it is complete, in the thread that completed it;
+            an answer that fails, or whose reader leaves, is not reported. Append to it, or use
+            :mod:`kvlink_rag.engine.observe`. Twins (:meth:`with_store`, :meth:`with_adapter`) share
+            it.
     """
 
     def __init__(
@@ -68,7 +76,9 @@ class KVLinkEngine:
         **options: Unpack[AnswerOptions],
     ) -> None:
         adapter = runner.adapter
-        self.runner = runner
+        self.runner, self.store = runner, store
+        self.name, self.tokenizer, self.adapter = runner.name, runner.tokenizer, adapter
+        self.fingerprint = runner.fingerprint
         self.options = check_options(options, runner)
         self.layout = PromptLayout(
             runner.tokenizer, prompt or (adapter.prompt if adapter else None)
@@ -80,13 +90,15 @@ class KVLinkEngine:
             raise InputError(
                 f"encode_behind must be one of {get_args(EncodeBehind)}, not {encode_behind!r}"
             )
-        prompts = Prompts(runner, self.layout, tuple(self.layout.behind(encode_behind)))
+        self.behind = tuple(self.layout.behind(encode_behind))
+        self.observers = Observers() if observers is None else observers
+        prompts = Prompts(runner, self.layout, self.behind)
         self.pipeline = Pipeline(
             runner,
             prompts,
             Caches(runner, store, prompts),
             monitor or FidelityMonitor(),
-            Observers() if observers is None else observers,
+            self.observers,
             runner.stop_ids,
         )
 
@@ -139,10 +151,7 @@ class KVLinkEngine:
         return cls(runner, open_store(store), encode_behind=encode_behind, prompt=prompt, **options)
 
     def with_store(self, store: str | Path | KVStore | None) -> KVLinkEngine:
-        """A twin that shares the model and keeps its caches in another store.
-
-        Answers of both count in the same :attr:`fidelity_stats`.
-        """
+        """A twin with another store; it shares the model and :attr:`fidelity_stats`."""
         return self._twin(self.runner, open_store(store), *self._chosen)
 
     def with_encode_behind(self, encode_behind: EncodeBehind) -> KVLinkEngine:
@@ -196,47 +205,6 @@ class KVLinkEngine:
     # What it is made of
 
     @property
-    def store(self) -> KVStore:
-        """Where chunk caches are kept."""
-        return self.pipeline.caches.store
-
-    @property
-    def behind(self) -> tuple[int, ...]:
-        """Token ids that chunks are encoded behind."""
-        return self.pipeline.prompts.behind
-
-    @property
-    def observers(self) -> Observers:
-        """Who is told of finished work.
-
-        Each is called with an answer's :class:`~kvlink_rag.Report` or an indexing run's
-        :class:`~kvlink_rag.IndexReport` once it is complete, in the thread that completed it; an
-        answer that fails, or whose reader leaves, is not reported. Append to it, or use
-        :mod:`kvlink_rag.engine.observe`. Twins share it.
-        """
-        return self.pipeline.observers
-
-    @property
-    def name(self) -> str:
-        """What the model was named by."""
-        return self.runner.name
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
-        return self.runner.tokenizer
-
-    @property
-    def adapter(self) -> Adapter | None:
-        """Trained link tokens and LoRA, or None."""
-        return self.runner.adapter
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the model, part of every cache's key."""
-        return self.runner.fingerprint
-
-    @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer; may be set to others."""
         return self.pipeline.stop_ids
@@ -244,11 +212,6 @@ class KVLinkEngine:
     @stop_ids.setter
     def stop_ids(self, ids: frozenset[int]) -> None:
         self.pipeline.stop_ids = ids
-
-    @property
-    def strategy(self) -> str:
-        """The default of every answer."""
-        return self.options.get("strategy") or "reuse"
 
     @property
     def model(self) -> PreTrainedModel:
@@ -264,11 +227,6 @@ class KVLinkEngine:
     def architecture(self) -> Architecture:
         """The model's sizes and identity, where transformers runs the model."""
         return self._in_process.architecture
-
-    @property
-    def in_place(self) -> bool:
-        """Whether chunks are attended where they lie, where transformers runs the model."""
-        return self._in_process.in_place
 
     @property
     def _in_process(self) -> TransformersRunner:
@@ -292,18 +250,12 @@ class KVLinkEngine:
             StoreError: a cache cannot be written; those written before stay.
         """
         report = Indexing(self.pipeline, as_chunks(chunks)).run(progress)
-        self.observers.tell(report)
+        self.pipeline.observers.tell(report)
         return report
 
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
         """The store's keys of chunks, in order."""
         return [self.pipeline.caches.key(chunk) for chunk in as_chunks(chunks)]
-
-    def cache_of(
-        self, token_ids: Sequence[int], behind: Sequence[int], *, keep: bool = True
-    ) -> ChunkKV:
-        """The cache of tokens encoded behind others, from the store or computed (and stored)."""
-        return self.pipeline.caches.one((tuple(token_ids), tuple(behind)), keep=keep)
 
     def prefetch(self, chunks: Iterable[str | Chunk]) -> None:
         """Begin to load the caches of chunks that will probably be asked about; returns at once.
@@ -401,7 +353,7 @@ class KVLinkEngine:
         room = options.get("max_new_tokens") or 0
         started = self.pipeline.start(request, Stopwatch(), None, room)
         self.pipeline.caches.keep(started.computed)
-        self.observers.tell(started.report)
+        self.pipeline.observers.tell(started.report)
         return started.prefill()
 
     def _request(
@@ -444,12 +396,4 @@ class KVLinkEngine:
     afidelity = in_thread(fidelity)
     aanswer = in_thread(answer)
     aanswer_batch = in_thread(answer_batch)
-
-    def astream(
-        self,
-        question: str | Sequence[Message],
-        chunks: Iterable[str | Chunk],
-        **options: Unpack[AnswerOptions],
-    ) -> AnswerStream:
-        """:meth:`stream` for ``async for``."""
-        return self.stream(question, chunks, **options)
+    astream = stream  # for ``async for``

@@ -242,7 +242,8 @@ class Packer:
             if not ids:
                 continue
             # a context that one lesson sees whole will hardly be met again
-            record = engine.cache_of(ids, engine.behind if place else (), keep=view != "full")
+            wanted = tuple(ids), engine.behind if place else ()
+            record = engine.pipeline.caches.one(wanted, keep=view != "full")
             stop = len(pack.context) + len(ids)
             where = slice(len(pack.context), stop)
             shift = torch.tensor([start - record.position], device=a.device)
