@@ -59,9 +59,9 @@ def verify(folder: Folder) -> None:
     with _caches(folder) as store, progress_bar("Verifying") as progress:
         check = verify_index(folder, progress) if is_index(folder) else store.verify(progress)
     _print_check(check, "")
-    prune = f"kvlink store prune {folder}"
+    remedy = f"kvlink store prune {folder}"
     if check.clean:
-        unused = f"; {prune} removes the {len(check.unreferenced)} that no document refers to"
+        unused = f"; {remedy} removes the {len(check.unreferenced)} that no document refers to"
         typer.echo(f"clean: {check.checked} checked{unused if check.unreferenced else ''}")
         return
     path = folder.expanduser().absolute() / FILE
@@ -74,7 +74,7 @@ def verify(folder: Folder) -> None:
     wrong = []
     if any(found.values()):
         counts = ", ".join(f"{count} {kind}" for kind, count in found.items() if count)
-        wrong.append(f"{counts}, which {prune} removes (caches are computed again when needed)")
+        wrong.append(f"{counts}, which {remedy} removes (caches are computed again when needed)")
     if rows:
         wrong.append(
             f"{len(rows)} damaged in {FILE}, which prune leaves: restore it from a backup, or "

@@ -20,8 +20,8 @@ says. Any object with the attributes of :class:`KVStore` can take their place.
 the record being written. `get` returns what was put, as exactly as the codec keeps it, or None. A
 folder verifies what it reads and a remote's objects before they are used: what is damaged is never
 served, and a warning says so. Trouble with a remote is no error: what does not come in time is
-None, what cannot be uploaded waits in the folder. Trouble with a folder is a StoreError of all
-methods but `get`.
+None, what cannot be uploaded waits in the folder. A folder that cannot be used is a StoreError of
+all methods but `get` and `has`.
 
 **Threads.** Every method may be called from any thread while others are being called, but nothing
 after `close`. Records are shared by all who get them: nobody changes their tensors.
