@@ -151,7 +151,7 @@ class Caches:
 
     def _worth_keeping(self, computed: Iterable[Computed]) -> list[Computed]:
         """Those that have now been asked for often enough (``store.cache_after``)."""
-        listed, after = list(computed), getattr(self.store, "cache_after", 0)
+        listed, after = list(computed), self.store.cache_after
         if after <= 1:
             return listed
         codec = codec_for(self.store.codec, self._runner.dtype)

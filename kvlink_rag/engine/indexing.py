@@ -49,7 +49,7 @@ class Indexing:
         with ThreadPoolExecutor(LOOKUPS) as pool:
             stored = dict(zip(keys, pool.map(store.has, keys), strict=True))
         missing = [key for key in keys if not stored[key]]
-        later, missing = (missing, []) if getattr(store, "cache_after", 0) else ([], missing)
+        later, missing = (missing, []) if store.cache_after else ([], missing)
         computed = set(missing)
         known = [key for key in keys if key not in computed]
         store.refer([(owner, key) for key in known for owner in self._owners[key]])
