@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvlink_rag.chunk import Chunk, ChunkKV
-from kvlink_rag.common.progress import bar
+from kvlink_rag.common.progress import TokenProgress, token_progress
 from kvlink_rag.engine.prefiller import Prefiller
 from kvlink_rag.engine.report import IndexReport, Stopwatch
 
@@ -38,8 +38,17 @@ class Indexing:
             self._texts[key] = token_ids
             self._owners.setdefault(key, []).append(chunk.document_id)
 
-    def run(self, progress: bool) -> IndexReport:
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of the chunks, by the key of their cache: equal ones once."""
+        return {key: len(token_ids) for key, token_ids in self._texts.items()}
+
+    def run(self, progress: bool | TokenProgress) -> IndexReport:
         """Compute and store what is missing; all documents refer to their caches afterwards.
+
+        Args:
+            progress: True draws a bar; a function is called with (tokens encoded, tokens to encode)
+                after each batch of the model.
 
         Raises:
             StoreError: a cache cannot be written; those written before stay.
@@ -64,12 +73,12 @@ class Indexing:
             started=self._watch.started,
         )
 
-    def _encode_and_store(self, keys: Sequence[str], progress: bool) -> int:
+    def _encode_and_store(self, keys: Sequence[str], progress: bool | TokenProgress) -> int:
         """Encode batch by batch while the batch before is being written; returns bytes."""
         texts, nbytes, done = [self._texts[key] for key in keys], 0, 0
         total = sum(map(len, texts))
         with (
-            bar("Reading chunks (tokens)", total, enabled=progress and bool(keys)) as show,
+            token_progress("Encoding chunks", total, progress) as show,
             ThreadPoolExecutor(1) as writer,
         ):
             writing: Future[None] | None = None

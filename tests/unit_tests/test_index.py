@@ -126,6 +126,34 @@ class TestAddAndSearch:
         index.add(["cats sleep"], progress=False)
         assert index.search("cats sleep")[0].score == pytest.approx(1, abs=1e-5)
 
+    def test_a_function_is_told_of_tokens_over_all_batches(self, index: KVIndex) -> None:
+        many = [f"the number {n} is a fact" for n in range(150)]
+        index.add(many[:5], progress=False)
+        told: list[tuple[int, int]] = []
+        index.add([*many, many[0]], progress=lambda *each: told.append(each))
+        tokens = index.store.stat().tokens
+        dones = [done for done, _ in told]
+        assert len(told) >= 3
+        assert dones == sorted(set(dones))
+        first = sum(len(index.engine.layout.chunk(Chunk(text))) for text in many[:5])
+        assert {total for _, total in told} == {dones[-1]} == {tokens - first}
+        told.clear()
+        index.add(["one more"], progress=lambda *each: told.append(each))
+        index.add(many, progress=lambda *each: told.append(each))  # all there
+        ((done, total),) = told
+        assert done == total == index.store.stat().tokens - tokens
+
+    @pytest.mark.parametrize("cache_after", [0, 1])
+    def test_there_is_a_bar_whatever_takes_the_time(
+        self, open_index: Open, capsys: pytest.CaptureFixture[str], cache_after: int
+    ) -> None:
+        many = [f"the number {n} is a fact" for n in range(70)]
+        open_index(cache_after=cache_after).add(many)
+        shown = capsys.readouterr().err
+        assert ("Encoding chunks" in shown, "Adding chunks" in shown) == (
+            (True, False) if cache_after == 0 else (False, True)
+        )
+
     def test_an_empty_index_finds_nothing(self, index: KVIndex) -> None:
         assert index.search("cats") == []
         assert index.add([], progress=False) == []
