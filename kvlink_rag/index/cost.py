@@ -38,31 +38,31 @@ def cost_of(engine: KVLinkEngine, chunks: Iterable[Chunk], codec: str | None = N
     """What indexing chunks takes: nothing for what the engine's store has.
 
     Args:
+        engine: with a model of transformers.
         codec: that they will be stored with; None is that of the engine's store.
 
     Raises:
-        InputError: a chunk is empty or longer than the model's context.
+        InputError: a chunk is empty.
     """
-    lengths = lengths_of(engine, chunks)
-    if engine.cache_after:  # answers will store them
-        return Cost(0, 0, 0)
-    with ThreadPoolExecutor(LOOKUPS) as pool:
-        stored = pool.map(engine.store.has, lengths)
-        missing = [n for n, known in zip(lengths.values(), stored, strict=True) if not known]
-    codec = codec or engine.store.codec
-    nbytes = sum(coded_bytes(engine.architecture, codec, tokens) for tokens in missing)
-    return Cost(len(missing), sum(missing), nbytes)
+    lengths, codec = to_encode(engine, chunks), codec or engine.store.codec
+    nbytes = sum(coded_bytes(engine.architecture, codec, tokens) for tokens in lengths)
+    return Cost(len(lengths), sum(lengths), nbytes)
 
 
-def lengths_of(engine: KVLinkEngine, chunks: Iterable[Chunk]) -> dict[str, int]:
-    """Tokens of chunks by their keys in the engine's store; chunks with the same text have one.
+def to_encode(engine: KVLinkEngine, chunks: Iterable[Chunk]) -> list[int]:
+    """Tokens of each chunk that is to be encoded; of those with the same text, of one.
 
     Raises:
-        InputError: a chunk is empty or longer than the model's context.
+        InputError: a chunk is empty.
     """
-    from kvlink_rag.engine.indexing import Indexing  # an index with nothing to do needs no model
-
-    return Indexing(engine, list(chunks)).lengths
+    if engine.store.cache_after:  # answers will encode them
+        return []
+    listed = list(chunks)
+    distinct = dict(zip(engine.keys(listed), listed, strict=True))
+    with ThreadPoolExecutor(LOOKUPS) as pool:
+        stored = pool.map(engine.store.has, distinct)
+        missing = [c for c, known in zip(distinct.values(), stored, strict=True) if not known]
+    return [len(engine.layout.chunk(chunk)) for chunk in missing]
 
 
 def coded_bytes(architecture: Architecture, codec: str, tokens: int) -> int:

@@ -16,7 +16,7 @@ from kvlink_rag.index import catalog as sql
 from kvlink_rag.index import check as index_check
 from kvlink_rag.index.catalog import CACHES, IndexCatalog, IndexStat
 from kvlink_rag.index.check import Progress
-from kvlink_rag.index.cost import cost_of
+from kvlink_rag.index.cost import to_encode
 from kvlink_rag.index.embeddings import (
     Embeddings,
     SentenceEmbeddings,
@@ -121,14 +121,12 @@ class KVIndex:
                 budget=budget,
                 encryption_key=encryption_key,
                 remote=remote,
+                cache_after=cache_after,
             )
         except BaseException:
             catalog.close()
             raise
-        twin = engine.with_store(store)
-        if cache_after:
-            twin.cache_after = cache_after
-        index = cls(catalog, store, twin, embeddings)
+        index = cls(catalog, store, engine.with_store(store), embeddings)
         if not catalog.readonly:
             index._table.forget_later(catalog.generation())
         return index
@@ -258,7 +256,7 @@ class KVIndex:
         self.close()
 
     def _add_batches(self, chunks: Sequence[Chunk], progress: bool | TokenProgress) -> None:
-        tokens = cost_of(self.engine, chunks).tokens if progress else 0
+        tokens = sum(to_encode(self.engine, chunks)) if progress else 0
         with (
             token_progress("Encoding chunks", tokens, progress) as encoded,
             # the caches are there, or stored later: it is the vectors that take time

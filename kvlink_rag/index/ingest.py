@@ -20,7 +20,7 @@ from kvlink_rag.common.progress import Parts, bar, token_progress
 from kvlink_rag.common.text import one_line
 from kvlink_rag.errors import InputError
 from kvlink_rag.index.catalog import CACHES, IndexCatalog
-from kvlink_rag.index.cost import cost_of, lengths_of
+from kvlink_rag.index.cost import to_encode
 from kvlink_rag.index.documents import Skipped, chunks_of, look, parse, read_bytes
 from kvlink_rag.prompt.layout import DEFAULT_BEHIND, PromptTemplate, render_chunk
 from kvlink_rag.store import EncryptionKey, KVStore, RemoteTier, open_store
@@ -73,7 +73,7 @@ def _caching(adapter: str) -> str:
     """
     prompt, behind, owner = PromptTemplate(), DEFAULT_BEHIND, ""
     if adapter:
-        from kvlink_rag.adapters.adapter import load_adapter
+        from kvlink_rag.adapters.load import load_adapter
 
         loaded = load_adapter(adapter)
         prompt, behind = loaded.prompt, loaded.encode_behind
@@ -235,7 +235,7 @@ def carry_out(work: Work, index: KVIndex, *, progress: bool = True) -> Summary:
 
 def _add(work: Work, index: KVIndex, summary: Summary, progress: bool) -> None:
     recorded = index.catalog.sources()
-    tokens = cost_of(index.engine, work.chunks).tokens
+    tokens = sum(to_encode(index.engine, work.chunks))
     files = len(work.files)
     with (
         token_progress("Encoding chunks", tokens, progress) as encoded,
@@ -270,9 +270,10 @@ def settle(
     """
     summary = Summary(unchanged=len(plan.unchanged), skipped=plan.skipped, left_out=plan.left_out)
     with closing(IndexCatalog(folder)) as catalog:
-        path = catalog.folder / CACHES
-        options = {"codec": codec, "encryption_key": encryption_key, "remote": remote}
-        with closing(open_store(path, **options)) as store:
+        store = open_store(
+            catalog.folder / CACHES, codec=codec, encryption_key=encryption_key, remote=remote
+        )
+        with closing(store):
             if not catalog.readonly:
                 with catalog.only_writer():
                     catalog.finish_releases(store)
@@ -309,6 +310,8 @@ def _read(
     notes: list[tuple[Path, str]],
 ) -> File | Skipped:
     """A file's chunks, or why there are none."""
+    from kvlink_rag.engine.indexing import Indexing  # an index with nothing to do needs no model
+
     # read anew: the digest must be that of the content indexed, not of the content planned with
     data = read_bytes(path)
     document = data if isinstance(data, Skipped) else parse(path, data)
@@ -316,7 +319,7 @@ def _read(
         return Skipped(path, "changed while it was being indexed: run again")
     try:
         chunks = chunks_of(document, engine.tokenizer, splitting.tokens, splitting.overlap, source)
-        lengths_of(engine, chunks)
+        Indexing(engine.pipeline, chunks)  # refuses what is too long
     # splitter and tokenizer are libraries of their own; one file must not stop the others
     except Exception as error:
         return Skipped(path, f"cannot be split: {one_line(error)}")

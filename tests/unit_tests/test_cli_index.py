@@ -167,7 +167,7 @@ def test_if_no_file_can_be_split_there_is_no_index(
 def test_the_bar_moves_with_each_batch_of_the_model(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvlink_rag.engine.prefiller.BATCH_TOKENS", {"cpu": 100})
+    monkeypatch.setattr("kvlink_rag.runners.transformers.runner.BATCH_TOKENS", {"cpu": 100})
     told: list[int] = []
     totals: list[int] = []
 

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -33,6 +34,7 @@ class FakeEngine:
         self.fingerprint = fingerprint
         self.name = f"fake {fingerprint}"
         self.store: KVStore = MemoryStore()
+        self.layout = SimpleNamespace(chunk=lambda chunk: self._record(chunk).token_ids)
 
     def with_store(self, store: KVStore) -> FakeEngine:
         twin = copy.copy(self)
@@ -47,13 +49,21 @@ class FakeEngine:
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
         return [self._record(chunk).key for chunk in as_chunks(chunks)]
 
-    def index(self, chunks: Iterable[str | Chunk], *, progress: bool = True) -> None:
-        for chunk in as_chunks(chunks):
+    def index(self, chunks: Iterable[str | Chunk], *, progress: Any = True) -> None:
+        listed = as_chunks(chunks)
+        distinct = {record.key: record for record in map(self._record, listed)}
+        lengths = {k: len(r.token_ids) for k, r in distinct.items() if not self.store.has(k)}
+        done, total = 0, sum(lengths.values())
+        for chunk in listed:
             record = self._record(chunk)
             if self.store.has(record.key):
                 self.store.refer([(chunk.document_id, record.key)])
-            else:
+                continue
+            if not self.store.cache_after:
                 self.store.put(record, [chunk.document_id])
+            if callable(progress):
+                done += lengths[record.key]
+                progress(done, total)
 
     def answer(self, question: str, chunks: Sequence[Chunk], **settings: object) -> object:
         return question, [chunk.text for chunk in chunks], settings

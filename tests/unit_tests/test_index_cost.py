@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from kvlink_rag import Chunk, InputError
-from kvlink_rag.index.cost import coded_bytes, cost_of
-from kvlink_rag.store import FolderStore
+from kvlink_rag.index.cost import coded_bytes, cost_of, to_encode
+from kvlink_rag.store import FolderStore, open_store
 from kvlink_rag.store.codec import CODECS
 
 CHUNKS = [Chunk(f"Fact {n}: " + "a long sentence about it. " * (8 + 5 * n)) for n in range(4)]
@@ -46,6 +46,10 @@ def test_what_is_stored_and_what_is_alike_costs_nothing() -> None:
     assert cost_of(engine, CHUNKS[:1]) == cost_of(engine, [])
 
 
-def test_what_cannot_be_encoded_is_found_before_anything_is() -> None:
-    with pytest.raises(InputError, match="chunk 'long'"):
-        cost_of(tiny.engine(), [CHUNKS[0], Chunk("word " * 5000, id="long")])
+def test_what_answers_will_store_costs_nothing_now(tmp_path: Path) -> None:
+    assert to_encode(tiny.engine(store=open_store(tmp_path, cache_after=1)), CHUNKS) == []
+
+
+def test_an_empty_chunk_is_refused() -> None:
+    with pytest.raises(InputError):
+        cost_of(tiny.engine(), [CHUNKS[0], Chunk(" ")])

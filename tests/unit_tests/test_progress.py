@@ -71,7 +71,7 @@ def test_parts_add_up() -> None:
 
 def test_an_engine_tells_after_each_batch_of_the_model(terminal: Terminal) -> None:
     engine = tiny.engine()
-    engine.batch_tokens = 40
+    engine.runner.batch_tokens = 40
     texts = [f"Fact {n} is a fact of some length, which is {n * n}." for n in range(20)]
     told: list[tuple[int, int]] = []
     with redirect_stderr(terminal):
