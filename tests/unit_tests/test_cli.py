@@ -687,7 +687,6 @@ def test_the_corpus_is_large_enough_and_named() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.slow
 def test_demo(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -11,7 +11,8 @@ import torch
 from tiny_adapters import LAYOUTS, adapter
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from kvlink_rag import Chunk, KVLinkEngine, in_place
+from kvlink_rag import Chunk, KVLinkEngine
+from kvlink_rag.runners.transformers import in_place
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.in_place import LinkedContext
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import tiny
 
-from kvlink_rag import Chunk, InputError, KVLinkEngine, prefetch
+from kvlink_rag import Chunk, InputError, KVLinkEngine
 from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.engine import prefetch
 from kvlink_rag.store import MemoryStore
 
 CHUNKS = [Chunk("The tower is 330 m tall."), Chunk("Bees dance.", title="Bees"), Chunk("x")]
