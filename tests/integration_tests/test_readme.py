@@ -45,7 +45,7 @@ SMALLER = {
 }
 BY_MAKE = {"make demo", "make test"}
 INSTALL = "pip install ."
-CHARACTERS = times(full=10**9, quick=4000)
+CHARACTERS = times(full=10**9, quick=1200)
 """Of each article, at most."""
 
 # What a reader has around the lines of each framework's diff.

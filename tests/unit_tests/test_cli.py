@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from effort import times
 from pypdf import PdfWriter
 from typer.testing import CliRunner, Result
 
@@ -695,7 +696,10 @@ def test_demo(
 ) -> None:
     """The demo's own steps over its smallest article, twice."""
     smallest = min(demo.corpus_files(), key=lambda file: file.stat().st_size)
-    monkeypatch.setattr(demo, "corpus_files", lambda: [smallest])
+    article = tmp_path / smallest.name
+    text = smallest.read_text(encoding="utf-8")[: times(full=10**9, quick=3200)]
+    article.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(demo, "corpus_files", lambda: [article])
     monkeypatch.setattr(demo, "QUESTIONS", ("When did the 1973 oil crisis begin?",))
     monkeypatch.setattr(demo, "CHUNKS_PER_QUESTION", 3)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 16)
