@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kvlink_rag import KVLinkEngine, PromptTemplate
 from kvlink_rag.engine.prefill import Prefill
+from kvlink_rag.store import open_store
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|start|>system\nBe kind.<|end|>\n{% endif %}"
@@ -93,6 +94,7 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "phi": lambda: hf.PhiConfig(**SIZES),
     "smollm3": lambda: hf.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1, 0]),
 }
+STORE_OPTIONS = {"budget", "cache_after", "codec", "encryption_key", "ram_bytes", "remote"}
 TAKES_MASK_BY_LAYER_TYPE = {"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3"}
 
 
@@ -116,6 +118,9 @@ def engine(name: str = "llama", **options: Any) -> KVLinkEngine:
     Few words around the question, so that short sliding windows reach the chunks.
     """
     options = {"prompt": PromptTemplate(before="Read:\n", question="{question}"), **options}
+    said_to_the_store = {key: options.pop(key) for key in STORE_OPTIONS & options.keys()}
+    if said_to_the_store:
+        options["store"] = open_store(options.get("store"), **said_to_the_store)
     return KVLinkEngine.from_pretrained((model(name), tokenizer()), **options)
 
 

@@ -13,7 +13,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from kvlink_rag import Adapter, KVLinkEngine, PromptTemplate
-from kvlink_rag.adapters.adapter import AdapterKind, BaseModel, LinkLayout, LinkTokens, add_lora
+from kvlink_rag.adapters.adapter import AdapterKind
+from kvlink_rag.adapters.base_model import BaseModel
+from kvlink_rag.adapters.links import LinkLayout, LinkTokens
+from kvlink_rag.adapters.lora import add_lora
 from kvlink_rag.engine.prefill import Prefill
 
 KINDS = get_args(AdapterKind)

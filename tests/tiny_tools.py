@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import scripted
 import tiny
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from kvlink_rag import KVLinkEngine
+from kvlink_rag.runners.base import Job
 
 CHAT_TEMPLATE = (
     "{% if tools %}<|start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|end|>\n"
@@ -40,29 +42,30 @@ def engine() -> KVLinkEngine:
     return KVLinkEngine.from_pretrained((tiny.model("llama"), tokenizer()))
 
 
-def say(engine: KVLinkEngine, text: str) -> None:
-    """From now on every answer is this text, token by token, with its special tokens."""
+def say(engine: KVLinkEngine, text: str) -> Callable[[], None]:
+    """From now on every answer is this text, token by token, with its special tokens.
+
+    Returns:
+        takes it back.
+    """
     ids: Sequence[int] = engine.tokenizer(f"{text}<|end|>", add_special_tokens=False)["input_ids"]
 
-    def tokens(prefill: Any, sampler: Any, first: int, count: int) -> Iterator[int]:
-        yield from ids[:count]
-
-    engine._tokens = tokens  # type: ignore[method-assign]
+    return scripted.rewrite(engine, lambda job, own: iter(ids))
 
 
 def obliging_engine() -> KVLinkEngine:
     """Calls the first tool that it is shown, with arguments of the right types; then says Done."""
     made = engine()
 
-    def tokens(prefill: Any, sampler: Any, first: int, count: int) -> Iterator[int]:
-        prompt = made.tokenizer.decode(prefill.token_ids)
+    def tokens(job: Job, own: Iterator[int]) -> Iterator[int]:
+        prompt = made.tokenizer.decode(job.prompt.token_ids)
         tool = re.search(r'^\{"type": "function".*\}$', prompt, re.MULTILINE)
         answered = "<|start|>tool\n" in prompt
         text = _call(json.loads(tool[0]), prompt) if tool and not answered else "Done."
         ids = made.tokenizer(f"{text}<|end|>", add_special_tokens=False)["input_ids"]
-        yield from ids[:count]
+        yield from ids
 
-    made._tokens = tokens  # type: ignore[method-assign]
+    scripted.rewrite(made, tokens)
     return made
 
 

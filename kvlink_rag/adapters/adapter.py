@@ -8,148 +8,32 @@ serves the base model and any number of such adapters.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlink_rag.errors import AdapterError, InputError
+from kvlink_rag.adapters.base_model import BaseModel
+from kvlink_rag.adapters.links import LinkTokens
+from kvlink_rag.adapters.lora import add_lora, lora_layers
+from kvlink_rag.errors import AdapterError
 from kvlink_rag.prompt.layout import EncodeBehind, PromptTemplate
 
 AdapterKind = Literal["cache-preserving", "whole-model"]
-LinkLayout = Literal["slot", "shared", "tail"]
-"""Where link tokens stand: behind each chunk with embeddings of their own in each slot, behind each
-chunk with the same embeddings everywhere, or all behind the last chunk."""
-
 FORMAT = 1
 SETTINGS = "kvlink.json"
 LINKS = "links.safetensors"
 LORA_CONFIG = "adapter_config.json"
 LORA = "adapter_model.safetensors"
-_PEFT = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 """What peft puts before a weight's name in its files."""
-SHIPPED = Path(__file__).parent
-"""Adapters that come with the package, a folder each."""
-
-SAME_WEIGHTS = 0.3
-"""Relative difference of sampled weights up to which a model is taken for the same base model:
-quantising to 4 bits makes about 0.08, another model about 1.4."""
-_SAMPLES = 16
-_SIZES = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-
-
-@dataclass(frozen=True, eq=False)
-class LinkTokens:
-    """The link tokens of a prompt.
-
-    Args:
-        layout: where they stand.
-        count: tokens for each slot (`slot`, `shared`), or in all (`tail`).
-        first_id: token id of the first one; the others follow, slot by slot.
-        slots: chunks a prompt may have; None is any number. Only `slot` has a limit.
-        embeddings: ``[tokens, hidden]``, those of ``first_id ...``; None when they are part of the
-            model's vocabulary.
-    """
-
-    layout: LinkLayout
-    count: int
-    first_id: int
-    slots: int | None = None
-    embeddings: torch.Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        """Distinct link tokens."""
-        return self.count * (self.slots or 1)
-
-    def ids(self, slot: int, chunks: int) -> list[int]:
-        """Ids of the link tokens right behind chunk ``slot`` of ``chunks``.
-
-        Raises:
-            InputError: more chunks than the adapter has slots for.
-        """
-        if self.layout == "tail" and slot != chunks - 1:
-            return []
-        if self.layout != "slot":
-            return list(range(self.first_id, self.first_id + self.count))
-        if self.slots is not None and slot >= self.slots:
-            raise InputError(
-                f"{chunks} chunks, and the adapter has link tokens for {self.slots}: use fewer, or "
-                "strategy 'reuse', or an adapter with the layout 'shared'"
-            )
-        first = self.first_id + slot * self.count
-        return list(range(first, first + self.count))
-
-    def embed(self, token_ids: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
-        """Input embeddings ``[..., hidden]`` of ids ``[...]``, link tokens among them."""
-        table: Any = model.get_input_embeddings()
-        if self.embeddings is None:
-            return cast("torch.Tensor", table(token_ids))
-        own = token_ids >= self.first_id
-        embedded: torch.Tensor = table(token_ids.masked_fill(own, 0))
-        rows = self.embeddings.to(embedded.device)[token_ids[own] - self.first_id]
-        return embedded.index_put((own,), rows.to(embedded.dtype))
-
-
-@dataclass(frozen=True, eq=False)
-class BaseModel:
-    """What an adapter was trained on.
-
-    Attributes:
-        name: for messages.
-        sizes: entries of the configuration that have to be the same.
-        sample: ``[values]`` float32, weights picked at fixed places.
-    """
-
-    name: str
-    sizes: Mapping[str, Any]
-    sample: torch.Tensor
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, name: str) -> BaseModel:
-        """The description of a model."""
-        config = model.config.get_text_config(decoder=True)
-        sizes = {key: getattr(config, key, None) for key in _SIZES}
-        return cls(name, sizes, _sample(model))
-
-    def check(self, model: PreTrainedModel, adapter: str) -> None:
-        """Refuse another model; the same one in another number type or quantised passes.
-
-        Raises:
-            AdapterError: sizes or weights differ.
-        """
-        other = BaseModel.of(model, model.config._name_or_path or type(model).__name__)
-        trained = f"adapter {adapter!r} was trained for {self.name}"
-        for key, size in self.sizes.items():
-            if other.sizes.get(key) != size:
-                raise AdapterError(
-                    f"{trained} ({key} {size}), and the model has {key} {other.sizes.get(key)}: "
-                    "load that model, or train an adapter for this one (kvlink train)"
-                )
-        difference = float("inf")
-        if other.sample.shape == self.sample.shape:
-            difference = float((other.sample - self.sample).norm() / self.sample.norm())
-        if not difference <= SAME_WEIGHTS:
-            raise AdapterError(
-                f"{trained}, and the model has other weights (relative difference "
-                f"{difference:.2f}): load that model, or train an adapter for this one"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +174,7 @@ class Adapter:
         save_file(tensors, folder / LINKS)
         if self.lora_config is not None:
             weights = {
-                _PEFT + k: w.detach().cpu().contiguous() for k, w in self.lora_weights.items()
+                PEFT_PREFIX + k: w.detach().cpu().contiguous() for k, w in self.lora_weights.items()
             }
             save_file(weights, folder / LORA)
             text = json.dumps(dict(self.lora_config), indent=2, sort_keys=True, default=_plain)
@@ -320,128 +204,6 @@ class Adapter:
             "around": self.around,
             "notes": dict(self.notes),
         }
-
-
-def load_adapter(source: str | Path | Adapter) -> Adapter:
-    """An adapter from its folder, or by the name of one that comes with the package or a preset.
-
-    Raises:
-        AdapterError: there is none, or its files are damaged.
-    """
-    if isinstance(source, Adapter):
-        return source
-    folder = Path(source).expanduser()
-    if not (folder / SETTINGS).is_file() and (SHIPPED / str(source) / SETTINGS).is_file():
-        folder = SHIPPED / str(source)
-    if not (folder / SETTINGS).is_file():
-        from kvlink_rag.adapters.presets import PRESETS
-
-        if str(source) in PRESETS:
-            return PRESETS[str(source)]
-        known = ", ".join(shipped_adapters()) or "none"
-        raise AdapterError(
-            f"no adapter at {str(source)!r}: give the folder that kvlink train made, the name of "
-            f"one that comes with kvlink_rag ({known}), or that of a preset for a published model "
-            f"({', '.join(PRESETS)})"
-        )
-    try:
-        return _read(folder, str(source))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise AdapterError(f"the adapter in {folder} is damaged ({error}): get it anew") from error
-
-
-def shipped_adapters() -> list[str]:
-    """Names of the adapters that come with the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SETTINGS}"))
-
-
-def _read(folder: Path, name: str) -> Adapter:
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    if settings["format"] != FORMAT:
-        raise ValueError(f"format {settings['format']}, this version reads {FORMAT}")
-    if settings["kind"] not in get_args(AdapterKind):
-        raise ValueError(f"kind {settings['kind']!r}")
-    if settings["encode_behind"] not in get_args(EncodeBehind):
-        raise ValueError(f"encode_behind {settings['encode_behind']!r}")
-    tensors = load_file(folder / LINKS)
-    links = _read_links(settings["links"], tensors.get("embeddings"))
-    before, behind = settings.get("around", ((), ()))  # adapters without marks may leave it out
-    base = settings["base"] and BaseModel(**settings["base"], sample=tensors["base_sample"])
-    lora_config, lora_weights = None, {}
-    if (folder / LORA_CONFIG).is_file():
-        lora_config = dict(json.loads((folder / LORA_CONFIG).read_text(encoding="utf-8")))
-        named = load_file(folder / LORA)
-        lora_weights = {name.removeprefix(_PEFT): weight for name, weight in named.items()}
-    return Adapter(
-        kind=settings["kind"],
-        links=links,
-        base=base,
-        lora_config=lora_config,
-        lora_weights=lora_weights,
-        encode_behind=settings["encode_behind"],
-        prompt=PromptTemplate(**settings["prompt"]),
-        around=(tuple(before), tuple(behind)),
-        notes=settings["notes"],
-        name=name,
-    )
-
-
-def _read_links(
-    settings: dict[str, Any] | None, embeddings: torch.Tensor | None
-) -> LinkTokens | None:
-    if settings is None:
-        return None
-    links = LinkTokens(**settings, embeddings=embeddings)
-    if links.layout not in get_args(LinkLayout):
-        raise ValueError(f"layout {links.layout!r}")
-    if embeddings is not None and embeddings.shape[0] != links.size:
-        raise ValueError(f"{embeddings.shape[0]} embeddings for {links.size} link tokens")
-    return links
-
-
-def add_lora(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTrainedModel:
-    """A twin of a model that shares its weights and has a new LoRA, made by peft."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    known = {k: v for k, v in config.items() if k in LoraConfig.__dataclass_fields__}
-    twin = share_weights(model)
-    inject_adapter_in_model(LoraConfig(**known), twin)  # in place
-    twin.eval()
-    return twin
-
-
-def lora_layers(model: torch.nn.Module) -> Iterator[Any]:
-    """peft's layers in a model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-
-
-def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model whose weights are the same memory; the copies are frozen."""
-    memo: dict[int, Any] = {id(p): _frozen(p) for p in model.parameters()}
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
-    twin: PreTrainedModel = copy.deepcopy(model, memo)
-    return twin
-
-
-def _frozen(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-    return torch.nn.Parameter(weight.detach(), requires_grad=False)
-
-
-def _sample(model: PreTrainedModel) -> torch.Tensor:
-    """A few values of every weight matrix of the base model, LoRA left out."""
-    weights = {
-        name.replace(".base_layer", ""): weight
-        for name, weight in model.named_parameters()
-        if weight.dim() >= 2 and "lora_" not in name
-    }
-    picked = []
-    for name in sorted(weights):
-        flat = weights[name].detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-        picked.append(flat[places.to(flat.device)].float().cpu())
-    return torch.cat(picked)
 
 
 def _plain(value: Any) -> Any:

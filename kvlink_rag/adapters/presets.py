@@ -24,7 +24,8 @@ there, `scripts/evaluation`, put the chunks into the user's turn, right before t
 
 from __future__ import annotations
 
-from kvlink_rag.adapters.adapter import Adapter, LinkTokens
+from kvlink_rag.adapters.adapter import Adapter
+from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.prompt.layout import PromptTemplate
 
 _LLAMA3_CHAT = (

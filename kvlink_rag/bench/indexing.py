@@ -14,6 +14,7 @@ from kvlink_rag.bench.corpus import cut_chunk
 from kvlink_rag.bench.series import Series, Steps
 from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.runners.transformers.encode import plan_batches
+from kvlink_rag.runners.transformers.runner import BATCH_TOKENS
 from kvlink_rag.store import FolderStore
 
 MIXES: dict[str, Sequence[int]] = {
@@ -75,7 +76,7 @@ def measure_indexing(
 @torch.inference_mode()
 def plain_forward(engine: KVLinkEngine, texts: Sequence[Sequence[int]]) -> None:
     """What indexing is compared with: transformers over padded batches of the same texts."""
-    for batch in plan_batches([len(text) for text in texts], engine.batch_tokens):
+    for batch in plan_batches([len(text) for text in texts], BATCH_TOKENS["cpu"]):
         longest = max(len(texts[i]) for i in batch)
         rows = [[*texts[i], *[0] * (longest - len(texts[i]))] for i in batch]
         engine.model.get_decoder()(torch.tensor(rows, device=engine.model.device), use_cache=True)

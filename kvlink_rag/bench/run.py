@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvlink_rag.adapters.adapter import Adapter, load_adapter
+from kvlink_rag.adapters.adapter import Adapter
+from kvlink_rag.adapters.load import load_adapter
 from kvlink_rag.bench.corpus import corpus_ids, cut_chunks
 from kvlink_rag.bench.decode import measure_decode
 from kvlink_rag.bench.indexing import MIXES, IndexResult, measure_indexing

@@ -18,8 +18,9 @@ from kvlink_rag.bench.corpus import QUESTION
 from kvlink_rag.bench.series import Series, Steps
 from kvlink_rag.chunk import Chunk
 from kvlink_rag.engine.engine import KVLinkEngine
-from kvlink_rag.engine.prefill import RecomputeBy, Strategy
 from kvlink_rag.prompt.layout import PromptLayout
+from kvlink_rag.prompt.segments import RecomputeBy, Strategy
+from kvlink_rag.runners.transformers.context import new_cache
 from kvlink_rag.runners.transformers.forward import run_behind
 from kvlink_rag.store import FolderStore
 from kvlink_rag.store.ram import RamTier
@@ -161,7 +162,7 @@ def fast_prefill(engine: KVLinkEngine, chunks: Sequence[Chunk]) -> float:
     """The same prompt through the attention that `reuse` has; `full` keeps the model's own."""
     start = time.perf_counter()
     prompt = _prompt(engine, chunks)
-    int(run_behind(engine.reader, engine._encoder.new_cache(len(prompt)), prompt).argmax())
+    int(run_behind(engine.reader, new_cache(engine.architecture, len(prompt)), prompt).argmax())
     return time.perf_counter() - start
 
 

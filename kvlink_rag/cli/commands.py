@@ -274,7 +274,7 @@ def bench(
 ) -> None:
     """Time to first token of every strategy against full prefill; indexing; decoding."""
     prepare()
-    from kvlink_rag.adapters.adapter import shipped_adapters
+    from kvlink_rag.adapters.load import shipped_adapters
     from kvlink_rag.bench import run_bench, table, write
     from kvlink_rag.bench.run import LENGTHS
     from kvlink_rag.demo import corpus_files

@@ -53,15 +53,35 @@ def stat(folder: Folder) -> None:
 @store_app.command()
 def verify(folder: Folder) -> None:
     """Check everything that is stored; exit code 1 when something is damaged or left over."""
+    from kvlink_rag.index.catalog import FILE
     from kvlink_rag.index.check import is_index, verify_index
 
     with _caches(folder) as store, progress_bar("Verifying") as progress:
         check = verify_index(folder, progress) if is_index(folder) else store.verify(progress)
     _print_check(check, "")
-    if not check.clean:
-        complain(f"not clean: kvlink store prune {folder} removes this; caches are recomputed")
-        raise typer.Exit(1)
-    typer.echo(f"clean: {check.checked} checked")
+    remedy = f"kvlink store prune {folder}"
+    if check.clean:
+        unused = f"; {remedy} removes the {len(check.unreferenced)} that no document refers to"
+        typer.echo(f"clean: {check.checked} checked{unused if check.unreferenced else ''}")
+        return
+    path = folder.expanduser().absolute() / FILE
+    rows = [each for each in check.corrupt if each.startswith(str(path))]
+    found = {
+        "corrupt": len(check.corrupt) - len(rows),
+        "orphaned": len(check.orphans),
+        "missing": len(check.missing),
+    }
+    wrong = []
+    if any(found.values()):
+        counts = ", ".join(f"{count} {kind}" for kind, count in found.items() if count)
+        wrong.append(f"{counts}, which {remedy} removes (caches are computed again when needed)")
+    if rows:
+        wrong.append(
+            f"{len(rows)} damaged in {FILE}, which prune leaves: restore it from a backup, or "
+            "delete those chunks and add them anew"
+        )
+    complain(f"not clean, {check.checked} checked: {'; '.join(wrong)}")
+    raise typer.Exit(1)
 
 
 @store_app.command()

@@ -5,18 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.engine.prefill import Prefill
+from kvlink_rag.engine.pipeline import Pipeline, Started
 from kvlink_rag.engine.report import Report, Stopwatch
 from kvlink_rag.engine.request import Request
-from kvlink_rag.runners.transformers.generate import GenerateSettings, Sampler, TextStream
-from kvlink_rag.runners.transformers.model_lock import let_go
-
-if TYPE_CHECKING:
-    from kvlink_rag.engine.engine import KVLinkEngine
-
+from kvlink_rag.engine.text import TextStream
 
 FinishReason = Literal["stop", "length"]
 
@@ -38,29 +33,68 @@ class Answer:
     finish_reason: FinishReason = "stop"
 
 
+class Writing:
+    """The text of one answer in the making.
+
+    Attributes:
+        token_ids: of what has been produced so far.
+    """
+
+    def __init__(self, pipeline: Pipeline, request: Request) -> None:
+        self.token_ids: list[int] = []
+        self._stop_ids = pipeline.stop_ids
+        self._most = request.settings.max_new_tokens
+        self._texts = TextStream(pipeline.runner.tokenizer, request.settings.stops)
+
+    @property
+    def text(self) -> str:
+        """What has been produced so far."""
+        return self._texts.text
+
+    def push(self, token: int) -> str:
+        """One more token; the text that is certain now (may be empty)."""
+        self.token_ids.append(token)
+        return self._texts.push(token)
+
+    def finish(self) -> str:
+        """The text that was held back."""
+        return "" if self._texts.stopped else self._texts.finish()
+
+    @property
+    def going(self) -> bool:
+        """Whether another token is to come."""
+        return self.finish_reason == "length" and len(self.token_ids) < self._most
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended."""
+        ended = bool(self.token_ids) and self.token_ids[-1] in self._stop_ids
+        return "stop" if ended or self._texts.stopped else "length"
+
+
 class AnswerStream:
     """Text pieces of one answer, for ``for`` and ``async for``. Work starts with the first piece.
 
     Attributes:
         report: complete once the stream has ended; ``ttft_s`` from the first piece on.
-        text: what has been produced so far.
-        token_ids: its tokens.
     """
 
-    def __init__(self, engine: KVLinkEngine, request: Request, settings: GenerateSettings) -> None:
+    def __init__(self, pipeline: Pipeline, request: Request) -> None:
         self.report = Report(request.strategy)
-        self.token_ids: list[int] = []
-        self._engine = engine
+        self._pipeline = pipeline
         self._request = request
-        self._settings = settings
-        self._stop_ids = engine.stop_ids
-        self._texts = TextStream(engine.tokenizer, settings.stops)
+        self._writing = Writing(pipeline, request)
         self._pieces = self._run()
 
     @property
     def text(self) -> str:
         """The text produced so far."""
-        return self._texts.text
+        return self._writing.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its tokens."""
+        return self._writing.token_ids
 
     def finished(self) -> Answer:
         """The whole answer: what is left of the stream is produced."""
@@ -77,8 +111,7 @@ class AnswerStream:
     @property
     def finish_reason(self) -> FinishReason:
         """Why the stream ended."""
-        ended = bool(self.token_ids) and self.token_ids[-1] in self._stop_ids
-        return "stop" if ended or self._texts.stopped else "length"
+        return self._writing.finish_reason
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -96,52 +129,50 @@ class AnswerStream:
         return piece
 
     def _run(self) -> Iterator[str]:
-        engine, settings, watch = self._engine, self._settings, Stopwatch()
-        prefill, computed = engine._prefill(self._request, settings.max_new_tokens, watch)
-        self.report = report = prefill.report
-        checked = engine._to_check(self._request)
-        if checked and engine._monitor.limit is not None:
-            prefill = self._check(prefill, watch)
-        sampler = Sampler(settings, engine.architecture.device)
-        token = sampler.choose(prefill.logits)
-        let_go()  # large vocabularies take a team
+        pipeline, request, watch = self._pipeline, self._request, Stopwatch()
+        checked = pipeline.to_check(request)
+        started = pipeline.start(request, watch, request.settings)
+        self.report = report = started.report
+        computed = started.computed
+        if checked and request.fidelity_limit is not None:
+            started = self._check(started, watch)
+        token = started.generation.next_tokens([0])[0]
         report.sample_s, report.ttft_s = watch.lap(), watch.laps()
-        tokens = engine._tokens(prefill, sampler, token, settings.max_new_tokens)
-        pieces = self._text_pieces(tokens)
+        pieces = self._text_pieces(token, started)
         try:
             piece = next(pieces)
             if piece:
                 yield piece
         finally:  # storing what was missing waits for the first piece, not for a reader who left
-            engine._keep(computed)
+            pipeline.caches.keep(computed)
         yield from filter(None, pieces)
         report.new_tokens = len(self.token_ids)
         report.total_s = watch.total()
-        if checked and engine._monitor.limit is None:  # every piece is out, none waits for it
-            report.fidelity, _ = engine._compare(self._request, prefill, 0)
-            engine._monitor.count(report.fidelity, fell_back=False)
+        if checked and request.fidelity_limit is None:  # every piece is out, none waits for it
+            report.fidelity, _ = pipeline.compare(request, started.logits)
+            pipeline.monitor.count(report.fidelity, fell_back=False)
             report.after_s = watch.total() - report.total_s
-        engine.observers.tell(report)
+        pipeline.observers.tell(report)
 
-    def _check(self, prefill: Prefill, watch: Stopwatch) -> Prefill:
+    def _check(self, started: Started, watch: Stopwatch) -> Started:
         """What the answer goes on from: full prefill where the strategy is too far from it."""
-        engine, report = self._engine, prefill.report
-        found, full = engine._compare(self._request, prefill, self._settings.max_new_tokens)
-        report.fidelity, report.fell_back = found, engine._monitor.too_far(found)
-        engine._monitor.count(found, fell_back=report.fell_back)
+        pipeline, request, report = self._pipeline, self._request, started.report
+        found, full = pipeline.compare(request, started.logits, request.settings)
+        limit = request.fidelity_limit
+        report.fidelity, report.fell_back = found, limit is not None and found.is_beyond(limit)
+        pipeline.monitor.count(found, fell_back=report.fell_back)
         report.computed_tokens += full.report.computed_tokens
         report.fidelity_s = watch.lap()
         if not report.fell_back:
-            return prefill
+            return started
         report.strategy, report.reused_tokens = full.report.strategy, 0
         report.context_tokens = full.report.context_tokens  # no link tokens among them
         return replace(full, report=report)
 
-    def _text_pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+    def _text_pieces(self, token: int, started: Started) -> Iterator[str]:
         """One piece a token (may be empty), then what was held back."""
-        for token in tokens:
-            self.token_ids.append(token)
-            yield self._texts.push(token)
-            if self._texts.stopped:
-                return
-        yield self._texts.finish()
+        writing = self._writing
+        yield writing.push(token)
+        while writing.going:
+            yield writing.push(started.generation.next_tokens([0])[0])
+        yield writing.finish()

@@ -30,6 +30,10 @@ class Fidelity:
     total_variation: float
     same_token: bool
 
+    def is_beyond(self, limit: float) -> bool:
+        """Whether an answer is to fall back to full prefill."""
+        return not self.kl_nats <= limit
+
 
 def compare(full: torch.Tensor, other: torch.Tensor) -> Fidelity:
     """The fidelity of logits ``other`` to logits ``full``, both ``[vocab]`` float32."""
@@ -62,39 +66,43 @@ class FidelityStats:
     other_token_share: float = 0.0
 
 
-class FidelityMonitor:
-    """Says which answers to check, and counts what the checks find. Safe to use from threads.
-
-    Args:
-        rate: share of answers to check, 0 ... 1, chosen at random.
-        limit: KL in nats above which a checked answer falls back to full prefill; None: never.
+def check_rate(rate: float) -> float:
+    """A share of answers.
 
     Raises:
-        InputError: naming the value out of range.
+        InputError: it is out of range.
     """
+    if not 0 <= rate <= 1:
+        raise InputError(f"fidelity_rate must be in 0 ... 1, not {rate}")
+    return rate
 
-    def __init__(self, rate: float, limit: float | None) -> None:
-        if not 0 <= rate <= 1:
-            raise InputError(f"fidelity_rate must be in 0 ... 1, not {rate}")
-        if limit is not None and not limit >= 0:
-            raise InputError(
-                f"fidelity_limit must be 0 or more (nats), or None for no limit, not {limit}"
-            )
-        self.rate = rate
-        self.limit = limit
+
+def check_limit(limit: float | None) -> float | None:
+    """A divergence above which an answer falls back to full prefill; None: never.
+
+    Raises:
+        InputError: it is out of range.
+    """
+    if limit is not None and not limit >= 0:
+        raise InputError(
+            f"fidelity_limit must be 0 or more (nats), or None for no limit, not {limit}"
+        )
+    return limit
+
+
+class FidelityMonitor:
+    """Says which answers to check, and counts what the checks find. Safe to use from threads."""
+
+    def __init__(self) -> None:
         self._random = random.Random(SEED)
         self._lock = threading.Lock()
         self._checked = self._fallbacks = self._other_tokens = 0
         self._kl_sum = self._kl_max = 0.0
 
-    def choose(self) -> bool:
-        """Whether to check the next answer."""
+    def choose(self, rate: float) -> bool:
+        """Whether to check the next answer, one of such a share."""
         with self._lock:
-            return self._random.random() < self.rate
-
-    def too_far(self, found: Fidelity) -> bool:
-        """Whether an answer is to fall back to full prefill."""
-        return self.limit is not None and not found.kl_nats <= self.limit
+            return self._random.random() < rate
 
     def count(self, found: Fidelity, *, fell_back: bool) -> None:
         """One more answer was checked."""

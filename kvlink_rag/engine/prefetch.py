@@ -10,9 +10,7 @@ from concurrent.futures import Future
 
 from kvlink_rag.chunk import Chunk, ChunkKV
 from kvlink_rag.common.threads import Threads
-
-Wanted = tuple[tuple[int, ...], tuple[int, ...]]
-"""Token ids and what they are encoded behind."""
+from kvlink_rag.prompt.segments import Wanted
 
 MOST = 256
 """Caches that wait for their question; beyond, the oldest are let go of."""

@@ -2,37 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-from kvlink_rag.adapters.adapter import Adapter, shipped_adapters
-from kvlink_rag.chunk import Chunk
-from kvlink_rag.engine.prefill import RecomputeBy, Strategy
-from kvlink_rag.errors import AdapterRequiredError, InputError
-from kvlink_rag.prompt.conversation import Message
+from kvlink_rag.adapters.load import shipped_adapters
+from kvlink_rag.chunk import Chunk, as_chunks
+from kvlink_rag.engine.fidelity import check_limit, check_rate
+from kvlink_rag.engine.options import AnswerOptions, filled, merged
+from kvlink_rag.errors import AdapterRequiredError, InputError, UnsupportedModelError
+from kvlink_rag.prompt.conversation import Message, as_messages
+from kvlink_rag.prompt.segments import RecomputeBy, Strategy
+from kvlink_rag.runners.base import GenerateSettings, ModelRunner
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked, checked."""
+    """What was asked, checked. Options are those of :class:`AnswerOptions`."""
 
     messages: list[Message]
     chunks: list[Chunk]
     strategy: Strategy
     recompute: int
-    recompute_by: RecomputeBy = "first"
-    tools: Sequence[Mapping[str, Any]] = ()
+    recompute_by: RecomputeBy
+    tools: Sequence[Mapping[str, Any]]
+    fidelity_rate: float
+    fidelity_limit: float | None
+    settings: GenerateSettings
+
+    @classmethod
+    def of(
+        cls,
+        question: str | Sequence[Message],
+        chunks: Iterable[str | Chunk],
+        given: AnswerOptions,
+        defaults: AnswerOptions,
+        runner: ModelRunner,
+    ) -> Request:
+        """A question with its chunks and options.
+
+        Args:
+            given: options of this one; ``defaults`` are the engine's.
+
+        Raises:
+            InputError: question, chunks or an option have no meaning.
+            AdapterRequiredError, UnsupportedModelError: the strategy cannot be had.
+        """
+        options = filled(merged(defaults, given))
+        return cls(
+            messages=_messages(question, given.get("system"), defaults.get("system")),
+            chunks=as_chunks(chunks),
+            strategy=check_strategy(options.strategy, runner),
+            recompute=check_recompute(options.recompute_tokens),
+            recompute_by=check_recompute_by(options.recompute_by),
+            tools=options.tools,
+            fidelity_rate=check_rate(options.fidelity_rate),
+            fidelity_limit=check_limit(options.fidelity_limit),
+            settings=options.settings,
+        )
 
 
-def check_strategy(strategy: str, adapter: Adapter | None) -> Strategy:
-    """The strategy, which an engine with this adapter has.
+def check_options(options: AnswerOptions, runner: ModelRunner) -> AnswerOptions:
+    """Options that an engine is to have as its defaults.
+
+    Raises:
+        as :meth:`Request.of`.
+    """
+    Request.of("any question", (), options, {}, runner)
+    return merged({}, options)
+
+
+def _messages(
+    question: str | Sequence[Message], system: str | None, default: str | None
+) -> list[Message]:
+    """The conversation; a default system prompt yields to a message."""
+    messages = as_messages(question, system)
+    if system is None and default is not None and messages[0]["role"] != "system":
+        return as_messages(messages, default)
+    return messages
+
+
+def check_strategy(strategy: str, runner: ModelRunner) -> Strategy:
+    """The strategy, which a runner has.
 
     Raises:
         InputError: there is no such strategy.
         AdapterRequiredError: it is `link`, and there are no link tokens.
+        UnsupportedModelError: the runner does not have it.
     """
-    if strategy == "link" and (adapter is None or adapter.links is None):
+    if strategy == "link" and (runner.adapter is None or runner.adapter.links is None):
         raise AdapterRequiredError(
             "strategy 'link' needs an adapter with trained link tokens, and the engine has none: "
             f"give adapter= one of {', '.join(shipped_adapters()) or 'your own'} or a folder made "
@@ -40,7 +98,37 @@ def check_strategy(strategy: str, adapter: Adapter | None) -> Strategy:
         )
     if strategy not in get_args(Strategy):
         raise InputError(f"strategy must be one of {get_args(Strategy)}, not {strategy!r}")
-    return cast("Strategy", strategy)
+    if strategy not in runner.abilities.strategies:
+        raise UnsupportedModelError(
+            f"{runner.name} cannot be run with strategy {strategy!r} here: use one of "
+            f"{', '.join(sorted(runner.abilities.strategies))}. (A model of transformers has them "
+            "all if it is loaded with attn_implementation='sdpa' or 'eager'.)"
+        )
+    return strategy
+
+
+def check_logits(runner: ModelRunner, what: str) -> None:
+    """Refuse what needs the first token's distribution where a runner does not show it.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    if not runner.abilities.logits:
+        raise UnsupportedModelError(
+            f"{what} needs the logits of the first token, and what runs {runner.name} shows none: "
+            "use engine.answer or engine.stream, or run the model with transformers"
+        )
+
+
+def check_recompute(tokens: int) -> int:
+    """How many tokens a chunk `recompute` computes anew.
+
+    Raises:
+        InputError: below 0.
+    """
+    if tokens < 0:
+        raise InputError(f"recompute_tokens must be 0 or more, not {tokens}")
+    return tokens
 
 
 def check_recompute_by(by: str) -> RecomputeBy:

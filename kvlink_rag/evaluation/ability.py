@@ -133,7 +133,7 @@ def describe(plan: Plan, base: KVLinkEngine, files: Sequence[File]) -> list[dict
 
 
 def _model(base: KVLinkEngine, adapter: str) -> str:
-    from kvlink_rag.adapters.adapter import load_adapter
+    from kvlink_rag.adapters.load import load_adapter
 
     if adapter == OFF:
         return base.fingerprint

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kvlink_rag.chunk import RAW
-from kvlink_rag.engine.prefill import RecomputeBy
 from kvlink_rag.errors import AdapterRequiredError, InputError
 from kvlink_rag.evaluation.data import SetKind
 from kvlink_rag.prompt.layout import EncodeBehind
+from kvlink_rag.prompt.segments import RecomputeBy
 from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 from kvlink_rag.store.codec import check_codec
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,8 +58,7 @@ def row_engines(base: KVLinkEngine, rows: Sequence[Row]) -> dict[Row, KVLinkEngi
                 "is not for it: use 'reuse' or 'full'"
             )
         if row.encode_behind is not None:
-            engine = copy.copy(engine)
-            engine.behind = tuple(engine.layout.behind(row.encode_behind))
+            engine = engine.with_encode_behind(row.encode_behind)
         if row.codec != RAW:
             engine = engine.with_store(CodedStore(engine.store, row.codec))
         engines[row] = engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from kvlink_rag.chunk import RAW
 from kvlink_rag.common.progress import bar
 from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.engine.prefill import Prefill
-from kvlink_rag.engine.report import Stopwatch
 from kvlink_rag.evaluation import ability
 from kvlink_rag.evaluation.data import read_set
 from kvlink_rag.evaluation.decode import decode
@@ -86,14 +86,20 @@ class Runner:
         engine = self.engines[row]
         chunks = () if row.strategy == "none" else item.chunks
         strategy = "full" if row.strategy == "none" else row.strategy
-        request = engine._request(
-            item.question, chunks, strategy, None, row.recompute_tokens, row.recompute_by, ()
+        prefill = partial(
+            engine.prefill,
+            item.question,
+            chunks,
+            strategy=strategy,
+            recompute_tokens=row.recompute_tokens,
+            recompute_by=row.recompute_by,
+            max_new_tokens=item.max_new_tokens,
         )
-        prefill, computed = engine._prefill(request, item.max_new_tokens, Stopwatch())
-        engine._keep(computed)
-        if row.codec != RAW and computed:  # read what was computed as its codec has it
-            prefill, _ = engine._prefill(request, item.max_new_tokens, Stopwatch())
-        return prefill
+        made = prefill()
+        cached = sum(s.stop - s.start for s in made.segments if s.kind in ("prefix", "chunk"))
+        if row.codec != RAW and made.report.reused_tokens < cached:
+            return prefill()  # what was computed is read as its codec has it
+        return made
 
     def _decode(
         self, row: Row, items: Sequence[Item], prefills: dict[Item, Prefill], fresh: bool

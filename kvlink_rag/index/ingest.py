@@ -65,7 +65,7 @@ def _caching(adapter: str) -> str:
     """
     prompt, behind, owner = PromptTemplate(), DEFAULT_BEHIND, ""
     if adapter:
-        from kvlink_rag.adapters.adapter import load_adapter
+        from kvlink_rag.adapters.load import load_adapter
 
         loaded = load_adapter(adapter)
         prompt, behind = loaded.prompt, loaded.encode_behind

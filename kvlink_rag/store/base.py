@@ -1,4 +1,37 @@
-"""What every store of chunk caches can do."""
+"""What every store of chunk caches can do, which kinds there are, and what each promises.
+
+A store keeps a :class:`~kvlink_rag.chunk.ChunkKV` under its key, a digest of all that its numbers
+depend on: an entry is never out of date, it is there or is computed again. Beside it the store
+keeps which documents refer to it; with the last of them it is removed.
+
+- ``MemoryStore`` (`memory`): tensors as they are put, without a copy, on their device. As long as
+  the object lasts; no codec, no budget.
+- ``FolderStore`` (`folder/`): a safetensors file a chunk and a SQLite catalog of them. Until
+  released, evicted or pruned. Codec, encryption, budget, pins and the count of hits are a folder's.
+- ``RamTier`` (`ram`): another store, and in memory copies of what was read last from it, up to so
+  many bytes: what is kept costs no disk and no checksum.
+- ``RemoteTier`` (`remote/`): a folder, and behind it a remote that several machines share (object
+  storage, Redis): what the folder lacks is downloaded, what is put there is uploaded later.
+
+:func:`kvlink_rag.store.open_store` makes one of them, or one tier before another, from what a user
+says. Any object with the attributes of :class:`KVStore` can take their place.
+
+**Promises.** `put` stores a whole record or nothing; a kill at any instant costs a folder at most
+the record being written. `get` returns what was put, as exactly as the codec keeps it, or None. A
+folder verifies what it reads and a remote's objects before they are used: what is damaged is never
+served, and a warning says so. Trouble with a remote is no error: what does not come in time is
+None, what cannot be uploaded waits in the folder. A folder that cannot be used is a StoreError of
+all methods but `get` and `has`.
+
+**Threads.** Every method may be called from any thread while others are being called, but nothing
+after `close`. Records are shared by all who get them: nobody changes their tensors.
+
+**Processes.** Those that share a folder open it each for itself, and find what another has put at
+once; a catalog's write lock keeps files and rows in step, and readers wait for nobody. Copies of a
+RAM tier are of one process, which may serve on what another has removed (harmless, as a key stands
+for its contents). One process at a time uploads for a folder, all that wait. A forked process may
+go on with its parent's folders and tiers.
+"""
 
 from __future__ import annotations
 
@@ -113,13 +146,35 @@ class StoreCheck:
         return not (self.corrupt or self.orphans or self.missing)
 
 
+def check_cache_after(value: int) -> int:
+    """After how many retrievals a cache is stored (:attr:`KVStore.cache_after`).
+
+    Raises:
+        InputError: it is no int >= 0.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InputError(
+            f"cache_after is {value!r}: pass 0 to store caches when chunks are indexed, "
+            "or after how many retrievals"
+        )
+    return value
+
+
 @runtime_checkable
 class KVStore(Protocol):
-    """A place for chunk caches. Safe to use from several threads."""
+    """A place for chunk caches. See the top of this file for what may be called from where."""
 
     @property
     def codec(self) -> str:
         """What keys and values are written as (:mod:`kvlink_rag.store.codec`)."""
+
+    @property
+    def cache_after(self) -> int:
+        """When caches are put: 0 when chunks are indexed, n by the n-th answer that retrieves one.
+
+        A wish of the process that opened the store, for whoever computes caches: the store takes
+        all it is given, counts misses (:meth:`count_misses`), and does not write this down.
+        """
 
     def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
         """The cache under ``key``, checksum verified; None if absent or (warned) corrupt.

@@ -11,7 +11,7 @@ import torch
 
 from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError
-from kvlink_rag.store.base import StoreCheck, StoreStat
+from kvlink_rag.store.base import StoreCheck, StoreStat, check_cache_after
 from kvlink_rag.store.record import check_shapes
 
 
@@ -20,11 +20,18 @@ class MemoryStore:
 
     Caches are kept as they are put, on their device, and given back without a copy: do not change
     them.
+
+    Args:
+        cache_after: see :attr:`KVStore.cache_after`.
+
+    Raises:
+        InputError: ``cache_after`` is no int >= 0.
     """
 
     codec = RAW
 
-    def __init__(self) -> None:
+    def __init__(self, *, cache_after: int = 0) -> None:
+        self.cache_after = check_cache_after(cache_after)
         self._records: dict[str, ChunkKV] = {}
         self._keys: dict[str, set[str]] = {}  # document -> keys
         self._documents: dict[str, set[str]] = {}  # key -> documents

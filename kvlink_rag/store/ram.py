@@ -80,6 +80,11 @@ class RamTier(FolderBehind):
         return self._below.codec
 
     @property
+    def cache_after(self) -> int:
+        """That of the store below."""
+        return self._below.cache_after
+
+    @property
     def below(self) -> KVStore:
         """The store below."""
         return self._below

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvlink_rag.adapters.adapter import AdapterKind, LinkTokens
+from kvlink_rag.adapters.adapter import AdapterKind
+from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.rope import shift_groups
@@ -241,7 +242,8 @@ class Packer:
             if not ids:
                 continue
             # a context that one lesson sees whole will hardly be met again
-            record = engine.cache_of(ids, engine.behind if place else (), keep=view != "full")
+            wanted = tuple(ids), engine.behind if place else ()
+            record = engine.pipeline.caches.one(wanted, keep=view != "full")
             stop = len(pack.context) + len(ids)
             where = slice(len(pack.context), stop)
             shift = torch.tensor([start - record.position], device=a.device)

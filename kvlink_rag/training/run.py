@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from kvlink_rag.adapters.adapter import Adapter, BaseModel, LinkTokens, load_adapter
+from kvlink_rag.adapters.adapter import Adapter
+from kvlink_rag.adapters.base_model import BaseModel
+from kvlink_rag.adapters.links import LinkTokens
+from kvlink_rag.adapters.load import load_adapter
 from kvlink_rag.common.whole import write_whole
 from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError

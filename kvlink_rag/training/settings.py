@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from kvlink_rag.adapters.adapter import AdapterKind, LinkLayout
+from kvlink_rag.adapters.adapter import AdapterKind
+from kvlink_rag.adapters.links import LinkLayout
 from kvlink_rag.errors import InputError
 from kvlink_rag.prompt.layout import DEFAULT_BEHIND, EncodeBehind
 from kvlink_rag.runners.transformers.models import DEFAULT_MODEL

@@ -13,18 +13,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvlink_rag.chunk import RAW, Chunk
 from kvlink_rag.common.corpus import corpus_files, paragraphs
 from kvlink_rag.common.progress import bar
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.engine.fidelity import compare
 from kvlink_rag.errors import InputError
 from kvlink_rag.store import KVStore, is_store
 from kvlink_rag.tuning.trial import store_wanted, trial_engines
-
-if TYPE_CHECKING:
-    from kvlink_rag.engine.engine import KVLinkEngine
 
 AUTO = "auto"
 """In place of a codec's name: the one that is chosen by measuring."""

@@ -17,18 +17,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from kvlink_rag.chunk import RAW, Chunk, as_chunks
 from kvlink_rag.common.progress import bar
-from kvlink_rag.engine.indexing import encoded
-from kvlink_rag.engine.prefill import Strategy
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
+from kvlink_rag.prompt.segments import Strategy
 from kvlink_rag.runners.transformers.encode import plan_batches
-from kvlink_rag.tuning.trial import store_wanted, trial_engines
-
-if TYPE_CHECKING:
-    from kvlink_rag.engine.engine import KVLinkEngine
+from kvlink_rag.runners.transformers.runner import TransformersRunner
+from kvlink_rag.tuning.trial import prompt_of, store_wanted, trial_engines
 
 QUESTION = "What do these documents tell about it?"
 
@@ -183,17 +180,20 @@ def _of_codec(
 
 def _padded(engine: KVLinkEngine, lengths: Sequence[int]) -> int:
     """Tokens that the model runs to encode texts of these lengths."""
-    batches = plan_batches(lengths, engine.batch_tokens)
+    runner = engine.runner
+    if not isinstance(runner, TransformersRunner):
+        return sum(lengths)  # how others batch is their own business
+    batches = plan_batches(lengths, runner.batch_tokens)
     return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
 
 def _distinct(engine: KVLinkEngine, chunks: Sequence[Chunk]) -> dict[tuple[int, ...], Chunk]:
     """The first chunk of each token sequence."""
     found: dict[tuple[int, ...], Chunk] = {}
+    prompts = engine.pipeline.prompts
     for chunk in chunks:
-        token_ids = tuple(engine.layout.chunk(chunk))
-        length = len(engine.behind) + len(token_ids)
-        engine._check_length(length, f"chunk {chunk.document_id!r}")
+        token_ids, behind = prompts.wanted(chunk)
+        prompts.check_length(len(behind) + len(token_ids), f"chunk {chunk.document_id!r}")
         found.setdefault(token_ids, chunk)
     return found
 
@@ -208,9 +208,8 @@ def _sample(engine: KVLinkEngine, distinct: Mapping[tuple[int, ...], Chunk]) -> 
     for count in range(min(SAMPLE, len(by_length)), 0, -1):
         middles = [(2 * part + 1) * len(by_length) // (2 * count) for part in range(count)]
         sample = [distinct[by_length[middle]] for middle in middles]
-        request = engine._request(QUESTION, sample, "reuse", None, None, None, ())
         try:
-            engine._prompt(request, 1)
+            prompt_of(engine, QUESTION, sample)
             break
         except InputError:
             if count == 1:
@@ -231,7 +230,8 @@ def _measure(
     began = time.perf_counter()
     for done in range(1, ROUNDS + 1):
         start = time.perf_counter()
-        records = [record for batch in encoded(raw, texts) for _, record in batch]
+        batches = raw.runner.encode(texts, raw.behind)
+        records = [record for batch in batches for _, record in batch.records]
         encode.append(time.perf_counter() - start)
         without = _ttft(raw, [], "full")
         compute.append(_ttft(raw, sample, "full") - without)

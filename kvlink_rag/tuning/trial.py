@@ -5,17 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvlink_rag.chunk import RAW, Chunk
+from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.engine.report import Observers
+from kvlink_rag.engine.request import Request
 from kvlink_rag.errors import StoreError
+from kvlink_rag.prompt.segments import Prompt
 from kvlink_rag.store import FolderStore
 from kvlink_rag.store.codec import CODECS, codec_for
-
-if TYPE_CHECKING:
-    from kvlink_rag.engine.engine import KVLinkEngine
 
 
 @contextmanager
@@ -33,8 +33,18 @@ def trial_engines(
             if codec_for(codec, engine.architecture.dtype) == codec:
                 store = on.enter_context(closing(FolderStore(Path(name) / codec, codec)))
                 twins[codec] = twin = engine.with_store(store)
-                twin.observers = Observers()
+                twin.pipeline = replace(twin.pipeline, observers=Observers())
         yield twins
+
+
+def prompt_of(engine: KVLinkEngine, question: str, chunks: Sequence[str | Chunk]) -> Prompt:
+    """The prompt of `reuse`, with room for the first token.
+
+    Raises:
+        InputError: it is too long, or empty.
+    """
+    request = Request.of(question, chunks, {"strategy": "reuse"}, {}, engine.runner)
+    return engine.pipeline.prompts.of(request, 1)
 
 
 def store_wanted(
@@ -50,11 +60,11 @@ def store_wanted(
         StoreError: not even `raw` can be written.
     """
     raw, refused = twins[RAW], {}
-    request = raw._request(question, chunks, "reuse", None, None, None, ())
-    for text, behind in raw._prompt(request, 1).wanted:
-        if not text or raw.store.has(raw._key_behind(text, behind)):
+    caches = raw.pipeline.caches
+    for wanted in prompt_of(raw, question, chunks).wanted:
+        if not wanted[0] or raw.store.has(caches.key_of(wanted)):
             continue
-        record = raw.cache_of(text, behind, keep=False)
+        record = caches.one(wanted, keep=False)
         for codec, twin in list(twins.items()):  # `raw` is the first of them
             try:
                 twin.store.put(record)

@@ -11,9 +11,9 @@ import tiny_adapters
 import torch
 
 from kvlink_rag import Chunk, KVLinkEngine
-from kvlink_rag.adapters.adapter import SHIPPED, load_adapter, shipped_adapters
+from kvlink_rag.adapters.load import SHIPPED, load_adapter, shipped_adapters
 from kvlink_rag.demo import QUESTIONS
-from kvlink_rag.training import TrainSettings, read_settings
+from kvlink_rag.training.settings import TrainSettings, read_settings
 
 pytestmark = pytest.mark.model
 

@@ -24,7 +24,9 @@ from kvlink_rag import (
     KVLinkEngine,
     PromptTemplate,
 )
-from kvlink_rag.adapters.adapter import BaseModel, load_adapter, lora_layers
+from kvlink_rag.adapters.base_model import BaseModel
+from kvlink_rag.adapters.load import load_adapter
+from kvlink_rag.adapters.lora import lora_layers
 from kvlink_rag.store import MemoryStore
 
 CHUNKS = [f"Fact {i} is {i * i}." for i in range(5)]

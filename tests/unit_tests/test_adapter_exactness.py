@@ -140,7 +140,7 @@ def test_generate_of_transformers_goes_on_from_our_cache(name, kind, layout):
 @pytest.mark.parametrize("without", ONE_WITHOUT)
 def test_link_tokens_alone_and_lora_alone(name, kind, without):
     engine, trained = make(name, kind, **ONE_WITHOUT[without])
-    for strategy in (engine.strategy, "reuse", "recompute", "full"):
+    for strategy in (engine.options["strategy"], "reuse", "recompute", "full"):
         check(name, engine, trained, TEXTS, strategy=strategy)
 
 

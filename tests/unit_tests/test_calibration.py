@@ -9,7 +9,7 @@ import torch
 from kvlink_rag import InputError, KVLinkEngine
 from kvlink_rag.common.corpus import corpus_files, paragraphs
 from kvlink_rag.engine.fidelity import compare
-from kvlink_rag.store import FolderStore, MemoryStore
+from kvlink_rag.store import FolderStore, MemoryStore, open_store
 from kvlink_rag.store.codec import coded
 from kvlink_rag.tuning.codec import (
     BUILT_IN,
@@ -177,33 +177,33 @@ class TestAuto:
         return calls
 
     def test_a_new_folder_is_made_with_the_codec_chosen(self, tmp_path, counted):
-        engine = tiny.engine(store=tmp_path / "new", codec="auto")
+        engine = tuned(tmp_path / "new")
         assert engine.store.codec == FolderStore(tmp_path / "new").codec == "int4"
         engine.index(CHUNKS, progress=False)
-        again = tiny.engine(store=tmp_path / "new", codec="auto", ram_bytes=1 << 20)
+        again = tuned(tmp_path / "new")
         assert again.store.codec == "int4"
         assert again.answer("?", CHUNKS, max_new_tokens=1).report.hits == 2
         assert len(counted) == 1
 
     def test_twins(self, tmp_path, counted):
         engine = tiny.engine()
-        twin = engine.with_store(tmp_path / "new", codec="auto")
+        twin = engine.with_store(tuned(tmp_path / "new").store)
         assert (twin.store.codec, engine.store.codec) == ("int4", "raw")
-        assert engine.with_store(tmp_path / "other", codec="fp8").store.codec == "fp8"
+        other = engine.with_store(open_store(tmp_path / "other", codec="fp8"))
+        assert other.store.codec == "fp8"
         assert len(counted) == 1
 
     @pytest.mark.parametrize("codec", [None, "int8"])
     def test_a_folder_keeps_its_codec(self, tmp_path, counted, codec):
         FolderStore(tmp_path, codec).close()
-        assert tiny.engine(store=tmp_path, codec="auto").store.codec == (codec or "raw")
+        assert tuned(tmp_path).store.codec == (codec or "raw")
         (tmp_path / "catalog.sqlite").unlink()
         assert resolve_codec("auto", str(tmp_path), tiny.engine()) is None
         assert counted == []
 
     def test_what_is_no_folder_keeps_its_codec(self, counted):
-        engine = tiny.engine(codec="auto")
-        assert engine.store.codec == "raw"
-        assert tiny.engine(store=engine.store, codec="auto").store is engine.store
+        engine = tiny.engine()
+        assert resolve_codec("auto", engine.store, engine) is None
         assert resolve_codec("auto", None, engine) is None
         assert counted == []
 
@@ -216,6 +216,12 @@ class TestAuto:
         with pytest.raises(InputError, match="codec 'int5'"):
             tiny.engine(store=tmp_path / "new", codec="int5")
         assert counted == []
+
+
+def tuned(folder):
+    """An engine whose new folder has the codec that fits."""
+    engine = tiny.engine()
+    return engine.with_store(open_store(folder, codec=resolve_codec("auto", folder, engine)))
 
 
 @pytest.mark.model

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from pypdf import PdfWriter
 from typer.testing import CliRunner, Result
 
 from kvlink_rag import Adapter, KVIndex, KVLinkEngine, PromptTemplate, demo
-from kvlink_rag.adapters.adapter import AdapterKind, LinkTokens
+from kvlink_rag.adapters.adapter import AdapterKind
+from kvlink_rag.adapters.links import LinkTokens
+from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.cli import app
 from kvlink_rag.cli.shared import parse_size
 from kvlink_rag.errors import InputError
@@ -389,9 +392,45 @@ def test_verify_finds_a_flipped_byte_and_prune_removes_it(shell: Shell) -> None:
     for folder in (shell.out, shell.out / "kv"):
         result = shell.run("store", "verify", folder, code=1)
         assert "corrupt" in result.stdout
-        assert "prune" in result.stderr
+        verdict = result.stderr.splitlines()[-1]
+        assert verdict.startswith("not clean, ")
+        assert f"1 corrupt, which kvlink store prune {folder} removes" in verdict
     assert "removed" in shell.run("store", "prune", shell.out / "kv").stdout
     shell.run("store", "verify", shell.out)
+
+
+def test_the_last_line_of_verify_says_what_the_exit_code_says(shell: Shell) -> None:
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    caches = sorted((shell.out / "kv").rglob("*.safetensors"))
+    count = len(caches)
+    for folder in (shell.out, shell.out / "kv"):
+        last = shell.run("store", "verify", folder).stdout.splitlines()[-1]
+        assert last == f"clean: {count} checked"
+
+    (shell.out / "kv" / "chunks" / "left.txt").write_text("x")
+    caches[0].unlink()
+    for folder in (shell.out, shell.out / "kv"):
+        last = shell.run("store", "verify", folder, code=1).stderr.splitlines()[-1]
+        assert last.startswith(f"not clean, {count} checked: 1 orphaned, 1 missing, which ")
+        assert f"kvlink store prune {folder} removes" in last
+    shell.run("store", "prune", shell.out)
+    assert shell.run("store", "verify", shell.out).stdout == f"clean: {count - 1} checked\n"
+
+    store = FolderStore(shell.out / "kv")
+    tensor = torch.zeros(1, 1, 2, 4)
+    store.put(ChunkKV((1, 2), (), "another model", tensor, tensor))
+    store.close()
+    for folder in (shell.out, shell.out / "kv"):
+        last = shell.run("store", "verify", folder).stdout.splitlines()[-1]
+        unused = f"kvlink store prune {folder} removes the 1 that no document refers to"
+        assert last == f"clean: {count} checked; {unused}"
+
+    with closing(sqlite3.connect(shell.out / "index.sqlite")) as database, database:
+        database.execute("UPDATE chunks SET embedding = x'00' WHERE number = 1")
+    last = shell.run("store", "verify", shell.out, code=1).stderr.splitlines()[-1]
+    damaged = "1 damaged in index.sqlite, which prune leaves: restore it from a backup, or "
+    assert last.startswith(f"not clean, {count} checked: {damaged}delete those chunks")
 
 
 def test_caches_that_wait_for_their_first_retrieval(shell: Shell) -> None:

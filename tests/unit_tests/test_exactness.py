@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from kvlink_rag import Chunk
-from kvlink_rag.engine.prefill import RecomputeBy
+from kvlink_rag.prompt.segments import RecomputeBy
 
 pytestmark = pytest.mark.matrix
 each_value = pytest.mark.matrix(together=1)

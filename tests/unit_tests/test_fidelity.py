@@ -14,6 +14,7 @@ import torch
 
 from kvlink_rag import InputError
 from kvlink_rag.engine.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
+from kvlink_rag.engine.pipeline import Pipeline
 
 CHUNKS = [
     "The tower is 330 m tall.",
@@ -130,8 +131,8 @@ class TestRate:
         assert engine().answer(QUESTION, CHUNKS, max_new_tokens=1).report.fidelity is None
 
     def test_about_half_and_the_same_each_time(self):
-        monitor = FidelityMonitor(0.5, None)
-        many = [monitor.choose() for _ in range(1000)]
+        monitor = FidelityMonitor()
+        many = [monitor.choose(0.5) for _ in range(1000)]
         assert 400 < sum(many) < 600
         assert self.checked(0.5, 12) == self.checked(0.5, 12) == many[:12]
 
@@ -171,8 +172,8 @@ class TestWithoutLimit:
     def test_the_check_follows_the_last_piece(self, monkeypatch):
         one = engine(fidelity_rate=1.0)
         calls = []
-        compare_them = one._compare
-        monkeypatch.setattr(one, "_compare", lambda *a: calls.append(a) or compare_them(*a))
+        compare_them = Pipeline.compare
+        monkeypatch.setattr(Pipeline, "compare", lambda *a: calls.append(a) or compare_them(*a))
         expected = engine().answer(QUESTION, CHUNKS, max_new_tokens=8)
         stream = one.stream(QUESTION, CHUNKS, max_new_tokens=8)
         text = ""
@@ -283,15 +284,15 @@ class TestFallback:
 
 class TestStats:
     def test_by_hand(self):
-        monitor = FidelityMonitor(1.0, 0.5)
+        monitor = FidelityMonitor()
         assert monitor.stats == FidelityStats()
         for kl, same in ((0.25, True), (1.0, False), (0.25, False), (0.5, True)):
             found = Fidelity(kl, 0.1, same)
-            monitor.count(found, fell_back=monitor.too_far(found))
+            monitor.count(found, fell_back=found.is_beyond(0.5))
         assert monitor.stats == FidelityStats(
             checked=4, fallbacks=1, mean_kl_nats=0.5, max_kl_nats=1.0, other_token_share=0.5
         )
-        assert monitor.too_far(Fidelity(math.nan, 0.0, True))
+        assert Fidelity(math.nan, 0.0, True).is_beyond(0.5)
 
     def test_of_answers(self):
         one = engine(fidelity_rate=1.0)

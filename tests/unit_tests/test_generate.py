@@ -5,7 +5,9 @@ import tiny
 import torch
 
 from kvlink_rag import InputError
-from kvlink_rag.runners.transformers.generate import GenerateSettings, Sampler, TextStream, stop_ids
+from kvlink_rag.engine.text import TextStream
+from kvlink_rag.runners.base import GenerateSettings
+from kvlink_rag.runners.transformers.sampling import Sampler, stop_ids
 
 TOKENIZER = tiny.tokenizer()
 

@@ -30,8 +30,8 @@ TOLERANCE = {"atol": 1e-4, "rtol": 0}
 def engines(name: str, **options: Any) -> tuple[KVLinkEngine, KVLinkEngine]:
     """One that attends in place, and one that copies; they share nothing but the weights."""
     first, second = tiny.engine(name, **options), tiny.engine(name, **options)
-    assert first.in_place
-    second.in_place = False
+    assert first.runner.in_place
+    second.runner.in_place = False
     return first, second
 
 
@@ -59,7 +59,7 @@ def test_linked_answers_are_those_of_copied_caches(
 ) -> None:
     monkeypatch.setattr(in_place, "LEAST_QUERIES", least)
     one, other = (e.with_adapter(adapter(name, layout=layout)) for e in engines(name))
-    other.in_place = False
+    other.runner.in_place = False
     for chunks in (CHUNKS, CHUNKS[::-1]):
         made = [e.prefill(QUESTION, chunks, strategy="link") for e in (one, other)]
         assert isinstance(made[0].context, LinkedContext)
@@ -158,16 +158,16 @@ def test_a_model_whose_attention_is_another_is_copied_for(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(LlamaAttention, "forward", with_sinks)
         engine = tiny.engine("llama")
-        assert not engine.in_place
+        assert not engine.runner.in_place
     assert engine.answer(QUESTION, CHUNKS, max_new_tokens=5).token_ids == expected.token_ids
     attend = LinkedContext.attend
     with monkeypatch.context() as patch:
         patch.setattr(LinkedContext, "attend", lambda *args: attend(*args) * 1.2)
-        assert not tiny.engine("llama").in_place
+        assert not tiny.engine("llama").runner.in_place
 
 
 def test_models_and_devices_it_does_not_serve_copy() -> None:
-    assert not tiny.engine("gemma2").in_place  # caps its scores
+    assert not tiny.engine("gemma2").runner.in_place  # caps its scores
     engine = tiny.engine("llama")
     assert isinstance(engine.prefill(QUESTION, CHUNKS, strategy="full").context, ContextCache)
     assert isinstance(engine.prefill(QUESTION, CHUNKS, strategy="recompute").context, ContextCache)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scripted
 import tiny
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler, UsageMetadataCallbackHandler
@@ -412,13 +413,12 @@ class TestAsync:
     def test_the_event_loop_stays_free(self, engine: KVLinkEngine) -> None:
         """While a forward pass lasts, other tasks run: none could set the event otherwise."""
         set_by_the_loop = threading.Event()
-        tokens = engine._tokens
 
-        def waiting(*args: Any) -> Iterator[int]:
+        def waiting(job: Any, tokens: Iterator[int]) -> Iterator[int]:
             assert set_by_the_loop.wait(30)
-            yield from tokens(*args)
+            yield from tokens
 
-        engine._tokens = waiting  # type: ignore[method-assign]
+        scripted.rewrite(engine, waiting)
 
         async def main(run: Any) -> Any:
             set_by_the_loop.clear()
@@ -452,15 +452,14 @@ class TestAsync:
         self, engine: KVLinkEngine, streamed: bool
     ) -> None:
         made: list[int] = []
-        tokens = engine._tokens
 
-        def counted(*args: Any) -> Iterator[int]:
-            for token in tokens(*args):
+        def counted(job: Any, tokens: Iterator[int]) -> Iterator[int]:
+            for token in tokens:
                 made.append(token)
                 time.sleep(0.005)
                 yield token
 
-        engine._tokens = counted  # type: ignore[method-assign]
+        restore = scripted.rewrite(engine, counted)
         chat = ChatKVLink(engine=engine, max_tokens=2000)
         documents = [*TEXTS, "Never seen before."]
 
@@ -480,7 +479,7 @@ class TestAsync:
         asyncio.run(main())  # ends when its threads have ended
         gc.collect()
         assert len(made) < 1000
-        del engine._tokens
+        restore()
         expected = tiny.engine().answer(QUESTION, documents, max_new_tokens=8).text
         found = ChatKVLink(engine=engine, max_tokens=8).invoke(QUESTION, documents=documents)
         assert found.content == expected

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import scripted
 import tiny
 from langchain_core.documents import Document
 from langchain_core.messages import (
@@ -44,23 +45,16 @@ class Asked:
 
     def __init__(self) -> None:
         self.engine = tiny.engine()
-        self.prompts: list[list[int]] = []
+        self.prompts = scripted.note_prompts(self.engine)
         self.answers: list[list[int]] = []
-        lay_out, tokens = self.engine._prompt, self.engine._tokens
 
-        def note_prompt(*args: Any) -> Any:
-            found = lay_out(*args)
-            self.prompts.append(found.token_ids)
-            return found
-
-        def note_answer(*args: Any) -> Any:
+        def note_answer(job: Any, tokens: Any) -> Any:
             self.answers.append([])
-            for token in tokens(*args):
+            for token in tokens:
                 self.answers[-1].append(token)
                 yield token
 
-        self.engine._prompt = note_prompt  # type: ignore[method-assign]
-        self.engine._tokens = note_answer  # type: ignore[method-assign]
+        scripted.rewrite(self.engine, note_answer)
         self.chat = ChatKVLink(engine=self.engine, max_tokens=NEW_TOKENS)
 
     def same(self) -> bool:

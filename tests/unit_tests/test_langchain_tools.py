@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+import scripted
 import tiny
 import tiny_tools
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
@@ -207,15 +208,7 @@ def test_a_streamed_call_is_on_the_last_chunk(engine: KVLinkEngine) -> None:
 
 
 def test_tools_are_shown_to_the_model(engine: KVLinkEngine) -> None:
-    seen: list[str] = []
-    lay_out = engine._prompt
-
-    def note(*args: Any) -> Any:
-        parts = lay_out(*args)
-        seen.append(engine.tokenizer.decode(parts.token_ids))
-        return parts
-
-    engine._prompt = note  # type: ignore[method-assign]
+    seen = scripted.note_prompts(engine)
     chat = ChatKVLink(engine=engine, max_tokens=1)
     for choice, shown in {
         None: {"add", "search"},
@@ -227,34 +220,28 @@ def test_tools_are_shown_to_the_model(engine: KVLinkEngine) -> None:
     }.items():
         bound = chat.bind_tools([add, search], tool_choice=choice)
         bound.invoke("1+2?", documents=["Sums are fun."])
-        names = {name for name in ("add", "search") if f'"name": "{name}"' in seen[-1]}
+        prompt = engine.tokenizer.decode(seen[-1])
+        names = {name for name in ("add", "search") if f'"name": "{name}"' in prompt}
         assert names == shown, choice
-        assert seen[-1].count("Sums are fun.") == 1
+        assert prompt.count("Sums are fun.") == 1
     named = {"type": "function", "function": {"name": "add"}}
     chat.invoke("1+2?", tools=[add, search], tool_choice=named)
-    assert '"search"' not in seen[-1]
+    assert '"search"' not in engine.tokenizer.decode(seen[-1])
     with pytest.raises(InputError, match=r"'lookup' is none of the tools \['add', 'search'\]"):
         chat.bind_tools([add, search], tool_choice="lookup")
 
 
 def test_calls_and_answers_of_tools_go_back_to_the_model(engine: KVLinkEngine) -> None:
-    tiny_tools.say(engine, hermes(CALL))
+    be_silent = tiny_tools.say(engine, hermes(CALL))
     chat = ChatKVLink(engine=engine, max_tokens=200).bind_tools([add])
     asked = HumanMessage("1+2?")
     called = chat.invoke([asked])
     answer = add.invoke(called.tool_calls[0])
     assert isinstance(answer, ToolMessage)
-    del engine._tokens
-    shown: list[str] = []
-    lay_out = engine._prompt
-
-    def note(*args: Any) -> Any:
-        parts = lay_out(*args)
-        shown.append(engine.tokenizer.decode(parts.token_ids))
-        return parts
-
-    engine._prompt = note  # type: ignore[method-assign]
+    be_silent()
+    prompts = scripted.note_prompts(engine)
     chat.invoke([asked, called, answer], max_tokens=1)
+    shown = [engine.tokenizer.decode(ids) for ids in prompts]
     expected = "1+2?<|end|>\n<|start|>assistant\n<tool_call>"
     assert expected in shown[0]
     assert '{"arguments": {"a": 1, "b": 2}, "name": "add"}</tool_call>' in shown[0].replace(

@@ -9,7 +9,7 @@ import tiny
 
 from kvlink_rag import Chunk, InputError
 from kvlink_rag.errors import KVLinkWarning
-from kvlink_rag.store import Budget
+from kvlink_rag.store import Budget, open_store
 
 CHUNKS = [Chunk(f"Fact {i} is {i * i}.", id=f"id-{i}") for i in range(4)]
 QUESTION = "What is fact 3?"
@@ -66,7 +66,7 @@ def test_counts_last_and_are_of_all_processes(tmp_path):
 
 
 def test_twins_have_it_too(tmp_path):
-    engine = tiny.engine(cache_after=1).with_store(tmp_path / "kv")
+    engine = tiny.engine().with_store(open_store(tmp_path / "kv", cache_after=1))
     assert engine.index(CHUNKS, progress=False).deferred == 4
 
 

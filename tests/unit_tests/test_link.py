@@ -10,8 +10,8 @@ from kvlink_rag.runners.transformers.forward import run_at, run_behind
 
 def test_decoding_beyond_the_capacity_grows_the_cache():
     engine = tiny.engine()
-    roomy = engine._encoder.new_cache(64)
-    tight = engine._encoder.new_cache(4)
+    roomy = engine.runner.encoder.new_cache(64)
+    tight = engine.runner.encoder.new_cache(4)
     for token in range(20):
         expected = run_behind(engine.model, roomy, [token])
         torch.testing.assert_close(run_behind(engine.model, tight, [token]), expected)
@@ -21,7 +21,7 @@ def test_decoding_beyond_the_capacity_grows_the_cache():
 
 def test_crop_forgets_the_last_tokens():
     engine = tiny.engine()
-    cache = engine._encoder.new_cache(16)
+    cache = engine.runner.encoder.new_cache(16)
     run_behind(engine.model, cache, [1, 2, 3])
     expected = run_behind(engine.model, cache, [4])
     cache.crop(-1)
@@ -31,7 +31,7 @@ def test_crop_forgets_the_last_tokens():
 
 def test_hooks_and_scatter_are_gone_after_a_failure():
     engine = tiny.engine()
-    cache = engine._encoder.new_cache(16)
+    cache = engine.runner.encoder.new_cache(16)
     run_behind(engine.model, cache, [1, 2, 3, 4])
     broken = engine.model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

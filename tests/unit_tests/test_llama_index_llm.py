@@ -119,13 +119,13 @@ def test_a_completion_is_the_answer_to_a_message_of_the_user() -> None:
 @pytest.mark.parametrize("method", ["achat", "astream_chat", "acomplete", "astream_complete"])
 def test_the_event_loop_stays_free(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     looped = threading.Event()
-    original = ENGINE._prefill
+    original = ENGINE.runner.start
 
     def wait_for_the_loop(*arguments: Any) -> Any:
         assert looped.wait(60), "the event loop stood still"
         return original(*arguments)
 
-    monkeypatch.setattr(ENGINE, "_prefill", wait_for_the_loop)
+    monkeypatch.setattr(ENGINE.runner, "start", wait_for_the_loop)
 
     async def ask() -> None:
         asked = QUESTION if "complete" in method else [user(QUESTION)]

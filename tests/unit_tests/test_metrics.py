@@ -79,8 +79,7 @@ def test_fidelity_checks_and_fallbacks():
     engine, registry, _ = watched(fidelity_rate=1.0, fidelity_limit=0.0)
     found = engine.answer(QUESTION, CHUNKS, max_new_tokens=1).report.fidelity
     assert found is not None
-    engine._monitor.limit = math.inf
-    engine.answer(QUESTION, CHUNKS, max_new_tokens=1)
+    engine.answer(QUESTION, CHUNKS, max_new_tokens=1, fidelity_limit=math.inf)
     values = scraped(registry)
     assert values["kvlink_fidelity_kl_nats_count"] == 2
     assert values["kvlink_fidelity_kl_nats_sum"] == pytest.approx(2 * found.kl_nats)

@@ -44,7 +44,7 @@ def engine() -> KVLinkEngine:
 
 
 def fetched(engine: KVLinkEngine, chunks: Any = CHUNKS) -> None:
-    for future in engine._prefetcher.start(chunks):
+    for future in engine.pipeline.caches.prefetcher.start(chunks):
         future.result(30)
 
 
@@ -139,10 +139,10 @@ def test_nothing_is_no_chunk(engine):
 
 def test_after_a_fork_nothing_is_waited_for(engine, monkeypatch):
     fetched(engine)
-    assert len(engine._prefetcher._loading) == 3
+    assert len(engine.pipeline.caches.prefetcher._loading) == 3
     monkeypatch.setattr(prefetch.os, "getpid", lambda: -1)  # and so nobody is left who loads
     fetched(engine, CHUNKS[:1])
-    assert len(engine._prefetcher._loading) == 1
+    assert len(engine.pipeline.caches.prefetcher._loading) == 1
 
 
 def test_the_caches_of_a_prompt_are_loaded_side_by_side(engine):

@@ -14,7 +14,9 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kvlink_rag import CHUNKS, AdapterError, Chunk, InputError, KVLinkEngine, PromptTemplate
-from kvlink_rag.adapters.adapter import SETTINGS, Adapter, LinkTokens, load_adapter
+from kvlink_rag.adapters.adapter import SETTINGS, Adapter
+from kvlink_rag.adapters.links import LinkTokens
+from kvlink_rag.adapters.load import load_adapter
 from kvlink_rag.adapters.presets import PRESETS
 from kvlink_rag.index import ingest
 from kvlink_rag.prompt.layout import PromptLayout, render_chunk

@@ -16,7 +16,15 @@ import torch
 
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
-from kvlink_rag.store import FolderStore, KVStore, MemoryStore, StoreStat, open_store
+from kvlink_rag.store import (
+    FolderStore,
+    KVStore,
+    MemoryStore,
+    RamTier,
+    RemoteTier,
+    StoreStat,
+    open_store,
+)
 from kvlink_rag.store.folder import files as files_module
 from kvlink_rag.store.folder import uses as uses_module
 from kvlink_rag.store.record import CorruptRecord, map_record
@@ -366,10 +374,78 @@ class TestOpenStore:
             assert isinstance(store, KVStore)
             store.close()
 
+    def test_nothing_is_said_of_memory(self) -> None:
+        assert isinstance(open_store(), MemoryStore)
+        assert open_store().cache_after == 0
+
     @pytest.mark.parametrize("store", ["", 3])
     def test_other_things_are_refused(self, store: object) -> None:
         with pytest.raises(InputError):
             open_store(store)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("store", ["folder", None, "memory"])
+    def test_the_codec_that_needs_a_model_is_refused(
+        self, tmp_path: Path, store: str | None
+    ) -> None:
+        given = {"folder": tmp_path / "kv", None: None, "memory": MemoryStore()}[store]
+        with pytest.raises(InputError, match="measured with a model") as error:
+            open_store(given, codec="auto")
+        for way in (
+            "KVIndex.open(..., codec='auto')",
+            "kvlink index --codec auto",
+            "open_store(..., codec=choose_codec(engine).codec)",
+            "kvlink_rag.tuning.codec.choose_codec",
+        ):
+            assert way in str(error.value)
+        assert not (tmp_path / "kv").exists()
+
+
+class TestCacheAfter:
+    def test_every_kind_of_store_has_it(self, tmp_path: Path) -> None:
+        for number, (arguments, kind) in enumerate(
+            [
+                ({"store": None}, MemoryStore),
+                ({"store": tmp_path / "a"}, FolderStore),
+                ({"store": tmp_path / "b", "ram_bytes": 1000}, RamTier),
+                ({"store": tmp_path / "c", "remote": f"file://{tmp_path}/kv"}, RemoteTier),
+                (
+                    {"store": tmp_path / "d", "remote": f"file://{tmp_path}/kv", "ram_bytes": 1},
+                    RamTier,
+                ),
+            ]
+        ):
+            for after in (0, number + 1):
+                store = open_store(**arguments, cache_after=after)  # type: ignore[arg-type]
+                assert isinstance(store, kind)
+                assert isinstance(store, KVStore)
+                assert store.cache_after == after
+                store.close()
+
+    def test_it_is_of_the_object_and_not_of_the_folder(self, tmp_path: Path) -> None:
+        first, second = open_store(tmp_path, cache_after=2), open_store(tmp_path)
+        assert (first.cache_after, second.cache_after) == (2, 0)
+        first.close()
+        second.close()
+
+    @pytest.mark.parametrize("bad", [-1, 1.0, "1", True, None])
+    def test_other_numbers_are_refused(self, tmp_path: Path, bad: object) -> None:
+        for make in (
+            lambda: open_store(tmp_path / "kv", cache_after=bad),  # type: ignore[arg-type]
+            lambda: open_store(MemoryStore(), cache_after=bad),  # type: ignore[arg-type]
+            lambda: FolderStore(tmp_path / "kv", cache_after=bad),  # type: ignore[arg-type]
+            lambda: MemoryStore(cache_after=bad),  # type: ignore[arg-type]
+        ):
+            with pytest.raises(InputError, match=r"cache_after is .*: pass 0 .* retrievals"):
+                make()
+        assert not (tmp_path / "kv").exists()
+
+    def test_a_store_keeps_its_own(self) -> None:
+        store = MemoryStore(cache_after=2)
+        assert open_store(store) is store
+        assert open_store(store, cache_after=2) is store
+        with pytest.raises(InputError, match="opened with 2; leave it out, or open the folder"):
+            open_store(store, cache_after=1)
+        assert store.cache_after == 2
 
 
 def test_prompts_at_a_time_share_one_mapping_of_a_file(folder: FolderStore) -> None:

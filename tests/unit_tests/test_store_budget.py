@@ -354,7 +354,7 @@ def test_what_stands_before_a_folder_passes_it_on(
     tmp_path: Path, one: int, ram_bytes: int, remote: str | None
 ) -> None:
     """So that code does not change with the options of the store."""
-    store = open_store(tmp_path / "kv", ram_bytes, budget=2 * one, remote=remote)
+    store = open_store(tmp_path / "kv", ram_bytes=ram_bytes, budget=2 * one, remote=remote)
     assert isinstance(store, (FolderStore, RamTier, RemoteTier))
     store.pin(["a"])
     for number, document in enumerate("ab"):

@@ -294,7 +294,7 @@ class TestPassedOn:
             KVLinkEngine.from_pretrained((tiny.model("llama"), tiny.tokenizer()), store=tmp_path)
 
     def test_a_tier_in_memory_lies_above_it(self, tmp_path: Path) -> None:
-        tier = open_store(tmp_path, 1 << 20, encryption_key=KEY)
+        tier = open_store(tmp_path, ram_bytes=1 << 20, encryption_key=KEY)
         tier.put(make_record(1))
         assert tier.get(make_record(1).key) is not None
         tier.close()

@@ -880,22 +880,22 @@ class TestSettings:
     def test_open_store_wraps_a_folder_only(self, tmp_path: Path) -> None:
         record = make_record(1)
         for name in (str(tmp_path / "a"), tmp_path / "b"):
-            store = open_store(name, SIZE)
+            store = open_store(name, ram_bytes=SIZE)
             assert isinstance(store, RamTier)
             assert store.max_bytes == SIZE
             store.put(record, ["a"])
             get_all(store, [record, record])
             assert store.hits == 1
             store.close()
-        plain = open_store(tmp_path / "b", 0)
+        plain = open_store(tmp_path / "b", ram_bytes=0)
         assert isinstance(plain, FolderStore)
         assert same(plain.get(record.key), record)
-        assert open_store(plain, SIZE) is plain
-        assert isinstance(open_store(None, SIZE), MemoryStore)
+        assert open_store(plain, ram_bytes=SIZE) is plain
+        assert isinstance(open_store(None, ram_bytes=SIZE), MemoryStore)
         plain.close()
 
     @pytest.mark.parametrize("ram_bytes", [-1, 0.5, "1", None, True])
     def test_open_store_refuses_other_sizes(self, tmp_path: Path, ram_bytes: object) -> None:
         with pytest.raises(InputError, match=rf"ram_bytes is {ram_bytes!r}.*number of bytes"):
-            open_store(tmp_path / "a", ram_bytes)  # type: ignore[arg-type]
+            open_store(tmp_path / "a", ram_bytes=ram_bytes)  # type: ignore[arg-type]
         assert not (tmp_path / "a").exists()

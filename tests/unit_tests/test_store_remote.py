@@ -736,7 +736,11 @@ class TestOpenStore:
     def test_by_urls(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("KVLINK_CACHE", str(tmp_path / "cache"))
         url = f"file://{tmp_path}/kv"
-        stores = [open_store(url, 1000), open_store(url), open_store(tmp_path / "a", remote=url)]
+        stores = [
+            open_store(url, ram_bytes=1000),
+            open_store(url),
+            open_store(tmp_path / "a", remote=url),
+        ]
         assert isinstance(stores[0], RamTier)
         tiers = stores[1:]
         assert all(isinstance(tier, RemoteTier) for tier in tiers)

@@ -14,11 +14,11 @@ import pytest
 import tiny
 
 from kvlink_rag import Chunk, InputError, KVLinkEngine
-from kvlink_rag.adapters.adapter import LinkTokens
-from kvlink_rag.training import TrainSettings
+from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.training.data import CONTINUE, HELD_OUT, SUMMARIZE, Lessons, held_out
 from kvlink_rag.training.lesson import Lesson, Turn
 from kvlink_rag.training.pack import IGNORED, Packer
+from kvlink_rag.training.settings import TrainSettings
 
 Row = dict[str, Any]
 

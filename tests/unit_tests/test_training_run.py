@@ -25,11 +25,13 @@ from kvlink_rag import (
 )
 from kvlink_rag.cli import app
 from kvlink_rag.store import FolderStore
-from kvlink_rag.training import TrainSettings, run, train
+from kvlink_rag.training import run
 from kvlink_rag.training.data import Lessons
 from kvlink_rag.training.held_out import NO_CHUNKS, held_out_losses
 from kvlink_rag.training.model import LinkModel
 from kvlink_rag.training.pack import Packer
+from kvlink_rag.training.run import train
+from kvlink_rag.training.settings import TrainSettings
 
 WORD = "blue"
 CHUNKS = [Chunk("Grass is wet."), Chunk("Seas are deep."), Chunk("Fire is hot.")]

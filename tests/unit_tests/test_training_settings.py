@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from kvlink_rag import InputError
-from kvlink_rag.training import TrainSettings, read_settings
-from kvlink_rag.training.settings import parse_shares
+from kvlink_rag.training.settings import TrainSettings, parse_shares, read_settings
 
 FOLDER = Path(__file__).parents[2] / "training"
 CONFIGS = sorted(FOLDER.rglob("*.json"))

@@ -82,9 +82,7 @@ class LazyEngine:
             "adapter": engine.adapter and engine.adapter.fingerprint,
             "behind": engine.behind,
             "prompt": engine.layout.template,
-            "engine_strategy": engine.strategy,
-            "recompute_tokens": engine.recompute_tokens,
-            "recompute_by": engine.recompute_by,
+            "engine_options": dict(engine.options),
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyEngine:

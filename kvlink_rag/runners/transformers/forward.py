@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvlink_rag.adapters.adapter import LinkTokens
+from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.runners.transformers.architecture import Architecture
 from kvlink_rag.runners.transformers.attention import fast_attention

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from kvlink_rag.adapters.adapter import LinkTokens
+from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.rope import turn

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
-from kvlink_rag.store.base import Budget, StoreCheck, StoreStat, StoreUsage
+from kvlink_rag.store.base import Budget, StoreCheck, StoreStat, StoreUsage, check_cache_after
 from kvlink_rag.store.codec import check_codec
 from kvlink_rag.store.encryption import Cipher, EncryptionKey
 from kvlink_rag.store.folder import budget as room
@@ -51,9 +51,12 @@ class FolderStore:
             folder, not its catalog (:mod:`kvlink_rag.store.encryption`), and opens them later.
             Without one, an encrypted folder is opened with that in ``KVLINK_STORE_KEY`` and a new
             one is not encrypted.
+        cache_after: see :attr:`~kvlink_rag.store.base.KVStore.cache_after`; of this object, not of
+            the folder.
 
     Raises:
-        InputError: there is no such codec, the folder has another, or the key is not its key.
+        InputError: there is no such codec, the folder has another, the key is not its key, or
+            ``cache_after`` is no int >= 0.
         StoreError: the folder cannot be used.
     """
 
@@ -63,7 +66,10 @@ class FolderStore:
         codec: str | None = None,
         budget: Budget | int | None = None,
         encryption_key: EncryptionKey | None = None,
+        *,
+        cache_after: int = 0,
     ) -> None:
+        self.cache_after = check_cache_after(cache_after)
         if codec is not None:
             check_codec(codec)
         cipher = None if encryption_key is None else Cipher(encryption_key)

@@ -113,6 +113,11 @@ class Guard:
                 self._noticed.add(kind)
                 self._notices.append(text)
 
+    def notice_refusal(self, error: RemoteError) -> None:
+        """Have it told once when a remote that answers does not let itself be read."""
+        if isinstance(error, RemoteRefused):
+            self.notice("refuses", f"{error}; what it refuses is computed")
+
     def tell(self) -> None:
         """Warn the user of what happened; called in a thread of his."""
         while self._notices:

@@ -6,11 +6,9 @@ import atexit
 import concurrent.futures
 import contextlib
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future
 
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import InputError, StoreError
@@ -18,8 +16,8 @@ from kvlink_rag.store.base import StoreCheck, StoreStat
 from kvlink_rag.store.folder.behind import FolderBehind
 from kvlink_rag.store.folder.outbox import MOST_UPLOADS, NAME, Operation, Outbox
 from kvlink_rag.store.folder.store import FolderStore
-from kvlink_rag.store.record import CorruptRecord
-from kvlink_rag.store.remote.base import Remote, RemoteError, RemoteRefused
+from kvlink_rag.store.remote.base import Remote, RemoteError
+from kvlink_rag.store.remote.downloads import Downloads
 from kvlink_rag.store.remote.guard import Guard
 from kvlink_rag.store.remote.uploads import Uploader
 
@@ -27,8 +25,6 @@ TIMEOUT_S = 5.0
 RETRY_S = 30.0
 PROGRESS_S = 0.5
 """Between two words about uploads that are waited for."""
-DOWNLOADS = 32
-"""At a time; what is asked for beyond is computed."""
 STALLED_S = 60.0
 """Time in which a remote must take something while its uploads are waited for."""
 CLOSE_S = 5.0
@@ -76,15 +72,14 @@ class RemoteTier(FolderBehind):
         self.folder = folder
         self.remote = remote
         self._timeout_s = timeout_s
-        self._stopped = self._closed = False
+        self._closed = False
         self._guard = Guard(remote, retry_s)
         made = not (path := folder.path / NAME).exists()
         self._outbox = Outbox(path, most_uploads)
         if made and remote.writable:
             self._upload(Operation.WRITE, folder.keys())
         self._uploads = Uploader(folder, self._outbox, self._guard)
-        self._damaged: set[str] = set()  # keys whose object is to be replaced
-        self._renew()
+        self._downloads = Downloads(folder, self._guard, self._wake)
         folder.watcher = self
         _tiers.add(self)
         self._wake()
@@ -93,6 +88,11 @@ class RemoteTier(FolderBehind):
     def codec(self) -> str:
         """That of the folder."""
         return self.folder.codec
+
+    @property
+    def cache_after(self) -> int:
+        """That of the folder."""
+        return self.folder.cache_after
 
     @property
     def answers(self) -> bool:
@@ -242,16 +242,12 @@ class RemoteTier(FolderBehind):
     def stored(self, key: str) -> None:
         """Have a cache that was put uploaded."""
         if self._changes_remote():
-            with self._changed:
-                damaged = key in self._damaged
-                self._damaged.discard(key)
+            damaged = self._downloads.replaced(key)
             self._upload(Operation.REPLACE if damaged else Operation.WRITE, [key])
 
     def released(self, keys: Collection[str]) -> None:
         """Have objects deleted, and forget what is being downloaded under their keys."""
-        with self._changed:
-            for key in keys:
-                self._downloads.pop(key, None)
+        self._downloads.forget(keys)
         if self._changes_remote():
             self._outbox.add(Operation.DELETE, keys)
 
@@ -260,13 +256,6 @@ class RemoteTier(FolderBehind):
         self.released(self._outbox.own(keys))
 
     # Below: what the methods above are made of.
-
-    def _renew(self) -> None:
-        """Start without downloads, as a forked process does."""
-        self._changed = threading.Condition()
-        # by key, until they are done. Whoever takes one out keeps it from being stored
-        self._downloads: dict[str, Future[ChunkKV | None]] = {}
-        self._storing = 0
 
     def _upload(self, operation: Operation, keys: Iterable[str]) -> None:
         if self._outbox.add(operation, keys):
@@ -277,6 +266,7 @@ class RemoteTier(FolderBehind):
             )
 
     def _wake(self) -> None:
+        """Have done what waits; a remote that has failed is tried again there."""
         if self.remote.writable or not self._guard.answers:
             self._uploads.wake()
 
@@ -292,9 +282,9 @@ class RemoteTier(FolderBehind):
     def _may_have(self, key: str) -> bool:
         """Whether it makes sense to ask the remote for a key."""
         if not self._guard.answers:
-            self._wake()  # so that it is tried again
+            self._wake()
             return False
-        if self._stopped or key in self._damaged:
+        if not self._downloads.may_come(key):
             return False
         try:
             return self._outbox.operation(key) is not Operation.DELETE
@@ -307,92 +297,24 @@ class RemoteTier(FolderBehind):
         try:
             found = self._guard.call(lambda: self.remote.has(name))
         except RemoteError as error:
-            self._note_trouble(error)
+            self._guard.notice_refusal(error)
+            self._wake()
             return False
         self._guard.speed.note(time.monotonic() - started, 0)
         return found
 
     def _downloaded(self, key: str, limit_s: float) -> ChunkKV | None:
         """What a download brings in time."""
-        with self._changed:
-            if (download := self._downloads.get(key)) is None:
-                if self._stopped or len(self._downloads) >= DOWNLOADS:
-                    return None
-                download = self._downloads[key] = Future()
-                thread = threading.Thread(
-                    target=self._download, args=(key, download), name="kvlink-get", daemon=True
-                )
-                try:
-                    thread.start()
-                except RuntimeError:  # too many threads, or the process is ending
-                    del self._downloads[key]
-                    return None
         try:
-            return download.result(limit_s)
+            return self._downloads.wait(key, limit_s)
         except concurrent.futures.TimeoutError:
             if limit_s == self._timeout_s:
                 self._guard.gave_up(limit_s)
                 self._wake()
             return None
 
-    def _download(self, key: str, download: Future[ChunkKV | None]) -> None:
-        record = None
-        try:
-            data = self._read(key)
-            if data is not None:
-                record = self._stored_here(key, data, download)
-        finally:
-            with self._changed:
-                if self._downloads.get(key) is download:
-                    del self._downloads[key]
-            download.set_result(record)
-
-    def _read(self, key: str) -> bytes | None:
-        started, name = time.monotonic(), self.folder.shared_name(key)
-        try:
-            data = self._guard.call(lambda: self.remote.read(name))
-        except RemoteError as error:
-            self._note_trouble(error)
-            return None
-        self._guard.speed.note(time.monotonic() - started, len(data or b""))
-        return data
-
-    def _stored_here(
-        self, key: str, data: bytes, download: Future[ChunkKV | None]
-    ) -> ChunkKV | None:
-        """A downloaded file as a cache of the folder; None where it is damaged or not wanted."""
-        with self._changed:
-            if self._stopped:  # the process may be ending, and torch with it
-                return None
-            self._storing += 1
-        try:
-            return self.folder.adopt(key, data, lambda: self._downloads.get(key) is download)
-        except CorruptRecord as reason:
-            with self._changed:
-                self._damaged.add(key)
-            self._guard.notice(
-                "damaged",
-                f"{self.remote.name} holds damaged objects, such as {key[:12]}... ({reason}); they "
-                "are computed anew and replaced",
-            )
-        except StoreError as error:
-            self._guard.notice("folder", f"downloaded caches are not kept: {error}")
-        finally:
-            with self._changed:
-                self._storing -= 1
-                self._changed.notify_all()
-        return None
-
-    def _note_trouble(self, error: RemoteError) -> None:
-        if isinstance(error, RemoteRefused):
-            self._guard.notice("refuses", f"{error}; what it refuses is computed")
-        self._wake()  # the guard tells the rest, and may want a trial
-
     def _stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._downloads.clear()
-            self._changed.wait_for(lambda: self._storing == 0)
+        self._downloads.stop()
         self._uploads.stop()
 
 
@@ -401,8 +323,8 @@ _tiers: weakref.WeakSet[RemoteTier] = weakref.WeakSet()
 
 def _renew_all() -> None:
     for tier in list(_tiers):
-        tier._renew()
         tier._guard.renew()
+        tier._downloads.renew()
         tier._uploads.renew()
 
 

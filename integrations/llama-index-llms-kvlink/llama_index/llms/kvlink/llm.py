@@ -110,7 +110,7 @@ class KVLinkLLM(EngineHolder, CustomLLM):
         """Context window and answer length in tokens; loads the model."""
         engine = self.engine
         return LLMMetadata(
-            context_window=engine.architecture.max_tokens,
+            context_window=engine.runner.max_tokens,
             num_output=self.max_tokens,
             is_chat_model=bool(engine.tokenizer.chat_template),
             model_name=self.model,
