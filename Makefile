@@ -1,18 +1,25 @@
-# make demo   see it work          make test   lint, types, tests
-# make lint   lint and types       make clean  remove what the others made
-# make coverage   the tests, and what they run of the code (takes half as long again)
+# make demo       see it work: an index of some articles, and questions with and without reuse
+# make test       lint, types, and the tests that a change should pass (some ten minutes)
+# make test-all   the same with every test there is: the full matrix of architectures, many kills,
+#                 the notebooks, training (half an hour or more)
+# make lint       lint and types
+# make coverage   all tests, and what they run of the code (takes half as long again)
+# make clean      remove what the others made
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test coverage lint clean
+.PHONY: demo test test-all coverage lint clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/kvlink demo
 
 test: lint
+	@$(PYTEST) --quick
+
+test-all: lint
 	@$(PYTEST)
 
 coverage: $(VENV)/.installed-dev

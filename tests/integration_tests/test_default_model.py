@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from effort import times
 
 from kvlink_rag import Chunk, KVLinkEngine
 
 pytestmark = pytest.mark.model
 
 CORPUS = Path(__file__).parents[2] / "examples" / "corpus"
+PROMPTS = times(full=20, quick=2)
 BFLOAT16_TOLERANCE = 0.05
 """Relative error (Euclidean norm) of the centred first-token logits in bfloat16, against the block-
 masked forward pass in float32. Full prefill itself is measured against the same bound below."""
@@ -67,7 +69,14 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float((logits - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("strategy", ["reuse", "recompute", "full"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "reuse",
+        pytest.param("recompute", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_is_near_the_float32_reference(float32, engine, strategy):
     chunks = paragraphs()[:4]
     exact = tiny.Reference(float32.prefill("When was it?", chunks, strategy=strategy)).logits()
@@ -80,7 +89,7 @@ def test_bfloat16_is_near_the_float32_reference(float32, engine, strategy):
 
 
 def test_full_is_generate_of_transformers_on_twenty_prompts(engine):
-    for chunk in paragraphs():
+    for chunk in paragraphs()[:PROMPTS]:
         answer = engine.answer("What is it about?", [chunk], strategy="full", max_new_tokens=12)
         prefill = engine.prefill("What is it about?", [chunk], strategy="full")
         prompt = torch.tensor([prefill.token_ids])

@@ -118,6 +118,7 @@ print(message.content == llm.engine.answer(
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_answers_without_a_miss(tmp_path: Path) -> None:
     given = f"model = 'HuggingFaceTB/SmolLM2-135M-Instruct'\nfolder = {str(tmp_path)!r}\n"
     setup = STOCK[: STOCK.index("\nllm = ")]

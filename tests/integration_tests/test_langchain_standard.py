@@ -72,12 +72,14 @@ class DefaultModel:
         return first + rest
 
 
+@pytest.mark.slow  # the same suites run on tiny models in the unit tests
 class TestUnits(DefaultModel, ChatModelUnitTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         return {"engine": engine()}  # the suite itself sets max_tokens
 
 
+@pytest.mark.slow
 class TestIntegration(DefaultModel, ChatModelIntegrationTests):
     pass
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny_llama_index as lib
+from effort import times
 from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
@@ -27,11 +28,13 @@ pytestmark = pytest.mark.model
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ARTICLE = Path(__file__).parents[2] / "examples" / "corpus" / "apollo_program.md"
+LENGTH = times(full=4000, quick=1600)
+"""Of the article, in characters."""
 QUESTION = "Who was the first person to walk on the Moon?"
 
 
 def documents() -> list[Document]:
-    text = ARTICLE.read_text(encoding="utf-8")[:4000]
+    text = ARTICLE.read_text(encoding="utf-8")[:LENGTH]
     return [Document(text=text, id_="apollo", metadata={"source": "apollo_program.md"})]
 
 
@@ -86,6 +89,7 @@ def test_three_changed_lines(index: VectorStoreIndex, llm: KVLinkLLM) -> None:
     assert str(asyncio.run(query_engine(index, llm).aquery(QUESTION))) == expected.text
 
 
+@pytest.mark.slow
 def test_a_conversation(index: VectorStoreIndex, llm: KVLinkLLM) -> None:
     chat = KVLinkContextChatEngine.from_defaults(index.as_retriever(similarity_top_k=2), llm)
     with lib.Recorder() as recorder:
@@ -101,6 +105,7 @@ def test_a_conversation(index: VectorStoreIndex, llm: KVLinkLLM) -> None:
     assert (report["hits"], report["misses"]) == (2, 0)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reads_nothing_anew(
     index: VectorStoreIndex, llm: KVLinkLLM, folder: Path
 ) -> None:

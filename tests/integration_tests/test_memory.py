@@ -15,6 +15,7 @@ from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 
 pytestmark = [
     pytest.mark.model,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux"
     ),

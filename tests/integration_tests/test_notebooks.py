@@ -97,6 +97,7 @@ def test_every_notebook_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.ipynb")} == set(NOTEBOOKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs(name: str, kernel: str, tmp_path: Path) -> None:
     folder = tmp_path / "examples"

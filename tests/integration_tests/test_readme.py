@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from effort import times
 from typer.testing import CliRunner
 
 from kvlink_rag.cli import app
@@ -44,6 +45,8 @@ SMALLER = {
 }
 BY_MAKE = {"make demo", "make test"}
 INSTALL = "pip install ."
+CHARACTERS = times(full=10**9, quick=1200)
+"""Of each article, at most."""
 
 # What a reader has around the lines of each framework's diff.
 PIPELINES = {
@@ -80,9 +83,13 @@ NEEDS_A_SERVER = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An empty folder with the checkout's examples in it, where the commands run in turn."""
+    """A folder with the examples' articles in it alone, where the commands run in turn."""
     made = tmp_path_factory.mktemp("readme")
-    (made / "examples").symlink_to(ROOT / "examples")
+    corpus = made / "examples" / "corpus"
+    corpus.mkdir(parents=True)
+    for path in (ROOT / "examples" / "corpus").iterdir():
+        text = path.read_text(encoding="utf-8")[:CHARACTERS]
+        (corpus / path.name).write_text(text, encoding="utf-8")
     return made
 
 
@@ -95,7 +102,17 @@ def test_every_command_is_run_by_a_test_below():
     assert set(COMMANDS) == {*AS_IT_STANDS, *SMALLER, *BY_MAKE, INSTALL}
 
 
-@pytest.mark.parametrize("command", AS_IT_STANDS)
+MEASURES = "kvlink store estimate"
+"""It times prefills by every codec."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow if command.startswith(MEASURES) else ())
+        for command in AS_IT_STANDS
+    ],
+)
 def test_commands(command):
     result = CliRunner().invoke(app, split(command))
     assert result.exit_code == 0, result.output
@@ -104,6 +121,7 @@ def test_commands(command):
         assert "4 hits, 0 misses" in result.output
 
 
+@pytest.mark.slow
 def test_bench(folder):
     result = CliRunner().invoke(app, split(SMALLER["kvlink bench"]))
     assert result.exit_code == 0, result.output
@@ -114,6 +132,7 @@ def test_bench(folder):
     }
 
 
+@pytest.mark.slow
 def test_train(folder):
     command = "kvlink train --data examples/corpus --out my-adapter --steps 200"
     text = (ROOT / "examples" / "corpus" / "1973_oil_crisis.md").read_text(encoding="utf-8")
@@ -136,6 +155,7 @@ def needs_question_sets() -> None:
         pytest.skip("the question sets are absent: set KVLINK_DATA to their folder")
 
 
+@pytest.mark.slow
 def test_eval(folder, monkeypatch):
     needs_question_sets()
     if "KVLINK_DATA" not in os.environ:
@@ -147,6 +167,7 @@ def test_eval(folder, monkeypatch):
     assert "link, smollm2-135m-link5" in (folder / "eval-results" / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_comparison_of_prefixes(folder):
     needs_question_sets()
     script = ROOT / "benchmarks" / "encode_behind.py"

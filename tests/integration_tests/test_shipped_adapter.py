@@ -82,6 +82,7 @@ def test_link_is_one_masked_forward_pass(linked, lessons):
     torch.testing.assert_close(prefill.logits, reference, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_store_of_the_base_model_serves_it(linked, lessons):
     base = linked.with_adapter(None)
     for _, _, chunks in lessons:
@@ -91,6 +92,7 @@ def test_a_store_of_the_base_model_serves_it(linked, lessons):
         assert (report.hits, report.misses) == (10, 0)
 
 
+@pytest.mark.slow
 def test_it_makes_right_answers_likelier(linked, lessons):
     """Than the untuned model's reuse, and than its own reuse without link tokens, in all of the six
     questions together. Their articles are among the training data: this says that the adapter does

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from effort import times
 
 from kvlink_rag.chunk import Chunk
 from kvlink_rag.index.check import prune_index, verify_index
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from kvlink_rag import KVLinkEngine
     from kvlink_rag.index.index import KVIndex
 
-KILLS = int(os.environ.get("KVLINK_KILLS", "24"))
+KILLS = int(os.environ.get("KVLINK_KILLS", times(full=24, quick=10)))
 WORKERS = 2
 PLACES = 8
 """Chunks of each worker; the first is pinned."""

@@ -11,6 +11,8 @@ import tiny_adapters
 import torch
 from tiny_adapters import KINDS, LAYOUTS
 
+pytestmark = pytest.mark.matrix
+
 TOLERANCE = 1e-4
 TEXTS = [
     "The tower is 330 m tall.",
@@ -36,6 +38,7 @@ FEW = ["llama", "mistral", "gemma3", "phi3", "smollm3"]
 
 all_models = pytest.mark.parametrize("name", tiny.CONFIGS)
 few_models = pytest.mark.parametrize("name", FEW)
+each_value = pytest.mark.matrix(together=1)
 all_kinds = pytest.mark.parametrize("kind", KINDS)
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -93,6 +96,7 @@ def test_the_other_strategies_are_one_block_masked_forward_pass(name, kind, stra
     check(name, *make(name, kind), CASES[case], strategy=strategy)
 
 
+@each_value
 @all_models
 @all_kinds
 @all_layouts

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import tiny_adapters
+from effort import times
 from tiny_sets import save_adapter, write_set
 
 from kvlink_rag import AdapterRequiredError, InputError, PromptTemplate
@@ -43,7 +44,9 @@ def engine_answer(engine, row, item):
     )
 
 
-@pytest.mark.parametrize("model", ["llama", "gemma3", "qwen2-sliding"])
+@pytest.mark.parametrize(
+    "model", ["llama", "gemma3", pytest.param("qwen2-sliding", marks=pytest.mark.slow)]
+)
 def test_answers_are_the_engines_own(tmp_path, model):
     kinds = {kind: {"kind": kind, "seed": seed} for seed, kind in enumerate(tiny_adapters.KINDS)}
     kinds["another"] = {"seed": 7, "layout": "tail"}
@@ -51,7 +54,8 @@ def test_answers_are_the_engines_own(tmp_path, model):
         name: save_adapter(tmp_path, name, model=model, **options)
         for name, options in kinds.items()
     }
-    plan = Plan(rows_of(adapters), (write_set(tmp_path, questions=4),), max_new_tokens=16)
+    questions = times(full=4, quick=2)
+    plan = Plan(rows_of(adapters), (write_set(tmp_path, questions=questions),), max_new_tokens=16)
     runner = Runner(plan, tiny.engine(model))
     items = make_items(plan, [read_set(plan.sets[0])], runner.engines)
     answers = [answer for part in runner.answers(items) for answer in part]

@@ -12,6 +12,9 @@ import torch
 from kvlink_rag import Chunk
 from kvlink_rag.prompt.segments import RecomputeBy
 
+pytestmark = pytest.mark.matrix
+each_value = pytest.mark.matrix(together=1)
+
 TOLERANCE = 1e-4
 TEXTS = [
     "The tower is 330 m tall.",
@@ -90,6 +93,7 @@ def test_chunks_of_one_token(name, monkeypatch):
     check(engine, ["a", "bcd", "a"], **options)
 
 
+@each_value
 @pytest.mark.parametrize("way", ["reuse", *get_args(RecomputeBy)])
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_twenty_greedy_tokens(name, way):
@@ -103,6 +107,7 @@ def test_twenty_greedy_tokens(name, way):
     assert answer.token_ids == reference.greedy(answer.token_ids)
 
 
+@each_value
 @every_way_of_choosing
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_recompute_of_everything_is_full(name, by):

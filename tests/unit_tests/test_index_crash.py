@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from effort import times
+
 import kvlink_rag
 from kvlink_rag.chunk import Chunk
 from kvlink_rag.index.check import prune_index, verify_index
@@ -23,15 +25,16 @@ from kvlink_rag.index.index import KVIndex
 if TYPE_CHECKING:
     from kvlink_rag.index.index import KVIndex
 
-KILLS = 15
+KILLS = times(full=15, quick=4)
 IDS = 6
 
 
 def run(what: str, *arguments: object) -> subprocess.Popen[str]:
-    root = str(Path(kvlink_rag.__file__).parents[1])
+    root = Path(kvlink_rag.__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "tests")])
     return subprocess.Popen(
         [sys.executable, __file__, what, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )

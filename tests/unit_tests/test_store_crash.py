@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from effort import times
 
 import kvlink_rag.store
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.store import FolderStore
 
-KILLS = 15
+KILLS = times(full=15, quick=4)
 ROUNDS = 60
 
 
@@ -34,10 +35,11 @@ def is_right(record: ChunkKV | None, number: int) -> bool:
 
 
 def run(what: str, *arguments: object) -> subprocess.Popen[str]:
-    root = str(Path(kvlink_rag.store.__file__).parents[2])
+    root = Path(kvlink_rag.store.__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "tests")])
     return subprocess.Popen(
         [sys.executable, __file__, what, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from effort import times
 
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.rope import RopeGroup
@@ -26,9 +27,9 @@ from kvlink_rag.store.record import (
     write_record,
 )
 
-DAMAGED = 1500
+DAMAGED = times(full=1500, quick=300)
 """Files of each kind: 10,500 in all."""
-FORGED = 400
+FORGED = times(full=400, quick=80)
 MEMORY = 256 << 20
 SIZES = [0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64 - 1, 2**64, -1]
 ROPE = (RopeGroup(slice(0, 1), torch.tensor([1.0, 0.1])), RopeGroup(slice(1, 2), None))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from effort import times
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -221,7 +222,7 @@ class FolderMachine(RuleBasedStateMachine):
 
 
 FolderMachine.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=times(full=60, quick=15),
     stateful_step_count=40,
     deadline=None,
     derandomize=True,  # the suite is the same every time; look further with another profile
