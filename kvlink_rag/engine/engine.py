@@ -61,8 +61,7 @@ class KVLinkEngine:
         observers: called with each answer's :class:`~kvlink_rag.Report` and each indexing run's
             :class:`~kvlink_rag.IndexReport` once it is complete, in the thread that completed it;
             an answer that fails, or whose reader leaves, is not reported. Append to it, or use
-            :mod:`kvlink_rag.engine.observe`. Twins (:meth:`with_store`, :meth:`with_adapter`) share
-            it.
+            :mod:`kvlink_rag.engine.observe`. Twins share it.
     """
 
     def __init__(
@@ -200,8 +199,7 @@ class KVLinkEngine:
             observers=self.observers,
             **merged(self.options, changes),
         )
-        if same:
-            twin.stop_ids = self.stop_ids
+        twin.stop_ids = self.stop_ids if same else twin.stop_ids
         twin.pipeline.caches.tokens_per_s = self.pipeline.caches.tokens_per_s
         return twin
 
