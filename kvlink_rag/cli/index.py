@@ -230,11 +230,12 @@ def _announce(out: Path, engine: KVLinkEngine, work: Work, keeping: Keeping, yes
     nbytes = cost.nbytes if budget is None else min(cost.nbytes, budget)
     free = _free_bytes(out)
     if cost.tokens:
+        s = "" if cost.caches == 1 else "s"
         most = "at most " if keeping.remote else ""  # what others have stored is not encoded
         kept = f", of which the budget keeps {size_text(nbytes)}" if nbytes < cost.nbytes else ""
         typer.echo(
-            f"to encode: {most}{cost.tokens:,} tokens in {cost.caches:,} chunks; their caches take "
-            f"{size_text(cost.nbytes)} (codec {codec}){kept}; {size_text(free)} are free"
+            f"to encode: {most}{cost.tokens:,} tokens in {cost.caches:,} chunk{s}; their caches "
+            f"take {size_text(cost.nbytes)} (codec {codec}){kept}; {size_text(free)} are free"
         )
     if nbytes <= min(ASK_ABOVE, free) or yes:
         return
