@@ -50,11 +50,12 @@ class Result:
         return self.full.report.ttft_s / self.reuse.report.ttft_s
 
 
-def run(folder: Path | None = None) -> None:
+def run(folder: Path | None = None, dtype: str = "auto") -> None:
     """Fetch the models, build or reuse the index, ask, and print.
 
     Args:
         folder: the index; None keeps it in the user's cache folder.
+        dtype: of the model and its caches; `auto` is the checkpoint's.
 
     Raises:
         ModelNotFoundError: the default models cannot be had.
@@ -71,9 +72,9 @@ def run(folder: Path | None = None) -> None:
     for model in (models.DEFAULT_MODEL, models.DEFAULT_EMBEDDINGS):
         models.resolve(model)
     with console.status(f"Loading {models.DEFAULT_MODEL}"):
-        engine = _load()
+        engine = _load(dtype)
     with KVIndex.open(folder, engine) as index:
-        update(index)
+        update(index, dtype)
         _introduce(console, index, folder)
         _warm_up(console, index)
         results = []
@@ -85,11 +86,11 @@ def run(folder: Path | None = None) -> None:
     console.print(_summary(results))
 
 
-def update(index: KVIndex) -> None:
+def update(index: KVIndex, dtype: str = "auto") -> None:
     """Index the articles that the index does not have yet."""
-    from kvlink_rag.index.ingest import Plan, Splitting, carry_out
+    from kvlink_rag.index.ingest import Plan, Splitting, carry_out, read_files
 
-    splitting = Splitting(model=index.engine.name)
+    splitting = Splitting(model=index.engine.name, dtype=dtype)
     recorded = index.catalog.sources()
     plan = Plan()
     for file in corpus_files():
@@ -98,7 +99,7 @@ def update(index: KVIndex) -> None:
     names = {file.name for file in (*plan.unchanged, *plan.changed)}
     plan.vanished = sorted(set(recorded) - names)
     # by name, not by path: another checkout finds the same index
-    carry_out(plan, index, splitting, name=lambda file: file.name)
+    carry_out(read_files(plan, index.engine, splitting, name=lambda file: file.name), index)
 
 
 def ask(index: KVIndex, question: str) -> Result:
@@ -114,11 +115,13 @@ def ask(index: KVIndex, question: str) -> Result:
     return Result(question, reuse, full)
 
 
-def _load() -> KVLinkEngine:
+def _load(dtype: str) -> KVLinkEngine:
     from kvlink_rag.engine.engine import KVLinkEngine
     from kvlink_rag.runners.transformers import models
+    from kvlink_rag.store import MemoryStore
 
-    return KVLinkEngine.from_pretrained(models.DEFAULT_MODEL)
+    # the index has a store of its own
+    return KVLinkEngine.from_pretrained(models.DEFAULT_MODEL, store=MemoryStore(), dtype=dtype)
 
 
 def _introduce(console: Console, index: KVIndex, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,11 +14,11 @@ from kvlink_rag import KVLinkEngine
 from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.runners.base import Abilities, Encoded, Generation, Job, Prefilled
-from kvlink_rag.store import MemoryStore
+from kvlink_rag.store import open_store
 
 VOCABULARY = 320
 Script = Callable[[Job], Sequence[int]]
-"""What is said to a job, whatever was asked; ends are the script's own."""
+"""The tokens that a job is answered with, over and over; where to end is the engine's business."""
 
 
 class ScriptedRunner:
@@ -36,7 +37,11 @@ class ScriptedRunner:
         self.max_tokens = 4096
         self.stop_ids = frozenset([int(self.tokenizer.eos_token_id)])  # type: ignore[arg-type]
         self.abilities = Abilities(
-            **{"strategies": frozenset({"full", "reuse", "recompute"}), **abilities}
+            **{
+                "strategies": frozenset({"full", "reuse", "recompute"}),
+                "together": frozenset({"reuse"}),
+                **abilities,
+            }
         )
         self.script: Script = script or (lambda job: self.tokenizer("Yes.<|end|>")["input_ids"])
         self.encoded: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -60,23 +65,28 @@ class ScriptedRunner:
         return _Scripted(self, jobs)
 
     def with_adapter(self, adapter: Adapter | None, *, merge: bool | None = None) -> ScriptedRunner:
-        raise NotImplementedError
+        assert adapter is None
+        return ScriptedRunner(self.script)
 
 
 class _Scripted:
     def __init__(self, runner: ScriptedRunner, jobs: Sequence[Job]) -> None:
-        self.link_s = 0.0
+        start = time.perf_counter()
         self._said = [list(runner.script(job)) for job in jobs]
         self._places = [0] * len(jobs)
+        linked = any(job.records for job in jobs)
+        self.link_s = time.perf_counter() - start if linked else 0.0
         self.prefilled = []
         for job, said in zip(jobs, self._said, strict=True):
             logits = torch.nn.functional.one_hot(torch.tensor(said[0]), VOCABULARY).float()
+            if job.strategy != "full":  # as with real models, not quite the same
+                logits[0] += 0.5
             computed = len(job.prompt.token_ids if job.strategy == "full" else job.prompt.computed)
             shown = logits if runner.abilities.logits else None
             self.prefilled.append(Prefilled(job.prompt.segments, computed, shown))
 
     def next_tokens(self, rows: Sequence[int]) -> list[int]:
-        found = [self._said[row][self._places[row]] for row in rows]
+        found = [self._said[row][self._places[row] % len(self._said[row])] for row in rows]
         for row in rows:
             self._places[row] += 1
         return found
@@ -84,10 +94,7 @@ class _Scripted:
 
 def engine(runner: ScriptedRunner | None = None, **options: Any) -> KVLinkEngine:
     """An engine over a scripted runner, with a store in memory unless told otherwise."""
-    store = options.pop("store", None)
-    return KVLinkEngine(
-        runner or ScriptedRunner(), MemoryStore() if store is None else store, **options
-    )
+    return KVLinkEngine(runner or ScriptedRunner(), open_store(tiny.its_store(options)), **options)
 
 
 def rewrite(

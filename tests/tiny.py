@@ -118,10 +118,15 @@ def engine(name: str = "llama", **options: Any) -> KVLinkEngine:
     Few words around the question, so that short sliding windows reach the chunks.
     """
     options = {"prompt": PromptTemplate(before="Read:\n", question="{question}"), **options}
-    said_to_the_store = {key: options.pop(key) for key in STORE_OPTIONS & options.keys()}
-    if said_to_the_store:
-        options["store"] = open_store(options.get("store"), **said_to_the_store)
-    return KVLinkEngine.from_pretrained((model(name), tokenizer()), **options)
+    store = its_store(options)
+    return KVLinkEngine.from_pretrained((model(name), tokenizer()), store=store, **options)
+
+
+def its_store(options: dict[str, Any]) -> Any:
+    """The store of an engine, and what is said to it, taken out of the engine's options."""
+    said = {key: options.pop(key) for key in STORE_OPTIONS & options.keys()}
+    store = options.pop("store", None)
+    return open_store(store, **said) if said else store
 
 
 @dataclass

@@ -6,23 +6,28 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
+from kvlink_rag.common.text import one_line, printable
 from kvlink_rag.errors import InputError, KVLinkError, KVLinkWarning
 
 if TYPE_CHECKING:
     from kvlink_rag.engine.engine import KVLinkEngine
+    from kvlink_rag.index.documents import Document, Skipped
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 MOST_LISTED = 20
 """Lines of one kind that are printed before the rest is only counted."""
+MOST_LEFT_OUT = 5
+"""The same of files that nobody meant to be read."""
 
 
 class Commands(TyperGroup):
@@ -63,19 +68,41 @@ def prepare() -> None:
     warnings.showwarning = show
 
 
-def load_engine(model: str, adapter: str = "", cache_after: int = 0) -> KVLinkEngine:
+def load_engine(model: str, adapter: str = "", dtype: str = "auto") -> KVLinkEngine:
+    """An engine whose own store is in memory: commands give it theirs."""
     from kvlink_rag.common.progress import quiet_libraries
     from kvlink_rag.engine.engine import KVLinkEngine
+    from kvlink_rag.store import MemoryStore
 
     quiet_libraries()
-    return KVLinkEngine.from_pretrained(model, adapter=adapter or None, cache_after=cache_after)
+    return KVLinkEngine.from_pretrained(
+        model, store=MemoryStore(), adapter=adapter or None, dtype=dtype
+    )
 
 
-def print_list(word: str, lines: list[str], err: bool = False) -> None:
-    for line in lines[:MOST_LISTED]:
-        typer.echo(f"{word:<8} {line}", err=err)
-    if len(lines) > MOST_LISTED:
-        typer.echo(f"{word:<8} ... and {len(lines) - MOST_LISTED} more", err=err)
+def read_documents(paths: Sequence[str | Path]) -> list[Document]:
+    """The documents in files and folders; what is skipped and left out is listed."""
+    from kvlink_rag.index.documents import Skipped, look, read_file
+
+    found = look(paths)
+    read = [read_file(file) for file in found.files]
+    list_skipped([each for each in read if isinstance(each, Skipped)], found.left_out)
+    return [each for each in read if not isinstance(each, Skipped)]
+
+
+def list_skipped(skipped: list[Skipped], left_out: list[Skipped]) -> None:
+    """Name the files that were not read, and why."""
+    lines = [f"{each.path}: {each.reason}" for each in skipped]
+    print_list("skipped", lines, err=True)
+    lines = [f"{each.path}: {each.reason}" for each in left_out]
+    print_list("left out", lines, err=True, most=MOST_LEFT_OUT)
+
+
+def print_list(word: str, lines: list[str], err: bool = False, most: int = MOST_LISTED) -> None:
+    for line in lines[:most]:
+        typer.echo(f"{word:<8} {printable(line)}", err=err)
+    if len(lines) > most:
+        typer.echo(f"{word:<8} ... and {len(lines) - most} more", err=err)
 
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -108,8 +135,4 @@ def size_text(nbytes: int) -> str:
 
 
 def complain(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def one_line(error: Warning | BaseException | str) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    typer.echo(printable(line), err=True)

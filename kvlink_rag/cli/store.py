@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from kvlink_rag.cli.options import ModelDtype
 from kvlink_rag.cli.shared import (
     complain,
     load_engine,
@@ -18,6 +19,7 @@ from kvlink_rag.cli.shared import (
     prepare,
     print_list,
     progress_bar,
+    read_documents,
     size_text,
 )
 from kvlink_rag.errors import InputError
@@ -131,19 +133,20 @@ def estimate(
     adapter: Annotated[str, typer.Option(help="Folder or name of an adapter.")] = "",
     chunk_tokens: Annotated[int, typer.Option(help="Most tokens in a chunk.")] = 256,
     overlap: Annotated[int, typer.Option(help="Most tokens repeated from the chunk before.")] = 32,
+    dtype: ModelDtype = "auto",
 ) -> None:
     """What indexing documents would cost and save, by codec: measured on a few of their chunks."""
     prepare()
     from rich.table import Table
 
-    from kvlink_rag.index.documents import Document, chunks_of, find_files, read_file
+    from kvlink_rag.index.documents import chunks_of
     from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
     from kvlink_rag.tuning.estimate import estimate as run
 
-    documents = [each for f in find_files(paths) if isinstance(each := read_file(f), Document)]
+    documents = read_documents(paths)
     if not documents:
         raise InputError(f"nothing to index: no text, Markdown or PDF in {', '.join(paths)}")
-    engine = load_engine(model or DEFAULT_MODEL, adapter)
+    engine = load_engine(model or DEFAULT_MODEL, adapter, dtype)
     chunks = [
         chunk
         for document in documents

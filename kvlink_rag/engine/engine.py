@@ -13,6 +13,8 @@ from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.adapters.load import load_adapter
 from kvlink_rag.chunk import Chunk, as_chunks
 from kvlink_rag.common.asynchronous import in_thread
+from kvlink_rag.common.once import say_once_that_memory_ends
+from kvlink_rag.common.progress import TokenProgress
 from kvlink_rag.engine.answer import Answer, AnswerStream
 from kvlink_rag.engine.batch import answer_together
 from kvlink_rag.engine.caches import Caches
@@ -59,8 +61,7 @@ class KVLinkEngine:
         observers: called with each answer's :class:`~kvlink_rag.Report` and each indexing run's
             :class:`~kvlink_rag.IndexReport` once it is complete, in the thread that completed it;
             an answer that fails, or whose reader leaves, is not reported. Append to it, or use
-            :mod:`kvlink_rag.engine.observe`. Twins (:meth:`with_store`, :meth:`with_adapter`) share
-            it.
+            :mod:`kvlink_rag.engine.observe`. Twins share it.
     """
 
     def __init__(
@@ -121,9 +122,8 @@ class KVLinkEngine:
         Args:
             model: hub id, local folder, GGUF file (loaded with dense weights), or a
                 ``(model, tokenizer)`` pair already in memory.
-            store: folder for chunk caches, URL, or any store; None keeps them in memory. What else
-                belongs to a store (codec, budget, encryption, a remote, memory before it) is said
-                to :func:`kvlink_rag.store.open_store`.
+            store: folder for chunk caches, URL, or any store; None keeps them in memory. Codec,
+                budget, encryption, a remote are said to :func:`kvlink_rag.store.open_store`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
                 name of one that comes with the package, such as `smollm2-135m-link5`, or of a
                 preset (:mod:`kvlink_rag.adapters.presets`). It is active in every strategy.
@@ -144,6 +144,8 @@ class KVLinkEngine:
             AdapterRequiredError
         """
         merged({}, options)  # a mistyped one is said before a model is loaded
+        if store is None:
+            say_once_that_memory_ends()
         trained = None if adapter is None else load_adapter(adapter)
         runner = TransformersRunner.from_pretrained(
             model, device=device, dtype=dtype, adapter=trained, merge_adapter=merge_adapter
@@ -197,8 +199,7 @@ class KVLinkEngine:
             observers=self.observers,
             **merged(self.options, changes),
         )
-        if same:
-            twin.stop_ids = self.stop_ids
+        twin.stop_ids = self.stop_ids if same else twin.stop_ids
         twin.pipeline.caches.tokens_per_s = self.pipeline.caches.tokens_per_s
         return twin
 
@@ -239,11 +240,14 @@ class KVLinkEngine:
 
     # Indexing
 
-    def index(self, chunks: Iterable[str | Chunk], *, progress: bool = True) -> IndexReport:
+    def index(
+        self, chunks: Iterable[str | Chunk], *, progress: bool | TokenProgress = True
+    ) -> IndexReport:
         """Encode and store the caches that the store lacks; idempotent.
 
         Every chunk's id (see :class:`Chunk`) refers to its cache afterwards; with
-        ``store.cache_after``, to one that is still to come.
+        ``store.cache_after``, to one that is still to come. ``progress`` True draws a bar; a
+        function is called with (tokens encoded, tokens to encode) after each batch of the model.
 
         Raises:
             InputError: a chunk is empty or longer than the model's context.
@@ -283,9 +287,7 @@ class KVLinkEngine:
                 :data:`kvlink_rag.CHUNKS` in one of them says where the chunks stand.
             chunks: may be empty; what is not in the store is computed in place and stored.
             options: override the engine's (:class:`AnswerOptions`): ``strategy``, ``system``,
-                ``tools``, ``recompute_tokens``, ``recompute_by``, ``fidelity_rate``,
-                ``fidelity_limit``, ``max_new_tokens``, ``temperature``, ``top_p``, ``stop``,
-                ``seed``.
+                ``max_new_tokens``, ``temperature`` and others.
 
         Raises:
             InputError: empty question or chunk, a prompt longer than the model's context, or an
@@ -314,11 +316,10 @@ class KVLinkEngine:
     ) -> list[Answer]:
         """Answers to several questions, each with its own chunks, in their order.
 
-        Where the runner answers together (``engine.runner.abilities.together``), chunks that
-        several questions share are loaded and held once, and all questions run through the model
-        together: each answer is there later than alone, all of them sooner. Otherwise, and with a
-        fidelity rate, they are answered one after the other. Nothing is answered if one of them is
-        refused.
+        Where the runner can (``engine.runner.abilities.together``), chunks that several questions
+        share are loaded and held once, and all run through the model together: each answer is there
+        later than alone, all of them sooner. Otherwise, and with a fidelity rate, they are answered
+        one after the other. Nothing is answered if one of them is refused.
 
         Args:
             asked: pairs of a question and its chunks; options and errors else as :meth:`answer`.
@@ -380,8 +381,8 @@ class KVLinkEngine:
     ) -> Fidelity:
         """How far a strategy's first-token distribution is from that of full prefill.
 
-        Both with the same adapter; the full prompt has no link tokens or marks. Not part of
-        :attr:`fidelity_stats`. Arguments and errors as :meth:`prefill`.
+        Both with the same adapter; the full prompt has no link tokens or marks. Not part of the
+        stats. Arguments and errors as :meth:`prefill`.
         """
         check_logits(self.runner, "fidelity")
         request = self._request(question, chunks, options)

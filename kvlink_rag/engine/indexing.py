@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.common.progress import bar
+from kvlink_rag.common.progress import TokenProgress, token_progress
 from kvlink_rag.engine.pipeline import Pipeline
 from kvlink_rag.engine.report import IndexReport, Stopwatch
 from kvlink_rag.prompt.segments import Wanted
@@ -39,8 +39,12 @@ class Indexing:
             self._wanted[key] = wanted
             self._owners.setdefault(key, []).append(chunk.document_id)
 
-    def run(self, progress: bool) -> IndexReport:
+    def run(self, progress: bool | TokenProgress) -> IndexReport:
         """Compute and store what is missing; all documents refer to their caches afterwards.
+
+        Args:
+            progress: True draws a bar; a function is called with (tokens encoded, tokens to encode)
+                after each batch of the model.
 
         Raises:
             StoreError: a cache cannot be written; those written before stay.
@@ -65,12 +69,12 @@ class Indexing:
             started=self._watch.started,
         )
 
-    def _encode_and_store(self, keys: Sequence[str], progress: bool) -> int:
+    def _encode_and_store(self, keys: Sequence[str], progress: bool | TokenProgress) -> int:
         """Encode batch by batch while the batch before is being written; returns bytes."""
         texts, nbytes, done = [self._wanted[key][0] for key in keys], 0, 0
         total, behind = sum(map(len, texts)), self._pipeline.prompts.behind
         with (
-            bar("Reading chunks (tokens)", total, enabled=progress and bool(keys)) as show,
+            token_progress("Encoding chunks", total, progress) as show,
             ThreadPoolExecutor(1) as writer,
         ):
             writing: Future[None] | None = None

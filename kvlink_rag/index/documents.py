@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvlink_rag.chunk import Chunk
+from kvlink_rag.common.text import one_line
 from kvlink_rag.errors import InputError
 
 MARKDOWN = (".md", ".markdown")
@@ -56,39 +58,70 @@ class Skipped:
     unreadable: bool = False
 
 
-def find_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+@dataclass
+class Found:
+    """Files in folders.
+
+    Attributes:
+        files: those to read: absolute paths, sorted, each once.
+        left_out: hidden ones, links to folders and those of unknown kinds, sorted. A hidden folder
+            is one of them, what is in it is not looked at.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    left_out: list[Skipped] = field(default_factory=list)
+
+
+def look(paths: Iterable[str | os.PathLike[str]]) -> Found:
     """The files to index: those named, and in folders, recursively, those of known kinds.
 
-    Hidden files and folders (``.name``) inside folders are left out, as are links to folders. A
-    folder that cannot be listed is returned itself, so that reading it says why.
-
-    Returns:
-        absolute paths, sorted, each once.
+    A folder that cannot be listed is one of the files, so that reading it says why.
 
     Raises:
         InputError: a path does not exist.
     """
-    found: set[Path] = set()
+    files: set[Path] = set()
+    left_out: dict[Path, Skipped] = {}
     for given in paths:
         path = Path(os.path.abspath(Path(given).expanduser()))
         if path.is_dir():
-            found.update(_walk(path))
+            for each in _walk(path):
+                if isinstance(each, Skipped):
+                    left_out[each.path] = each
+                else:
+                    files.add(each)
         elif path.exists():
-            found.add(path)
+            files.add(path)
         else:
             raise InputError(f"no such file or folder: {path}")
-    return sorted(found)
+    return Found(sorted(files), [left_out[path] for path in sorted(left_out.keys() - files)])
 
 
-def _walk(folder: Path) -> Iterable[Path]:
+def find_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files of :func:`look`."""
+    return look(paths).files
+
+
+def _walk(folder: Path) -> Iterable[Path | Skipped]:
+    """Files to read, and what is left out."""
     unlisted: list[Path] = []
     for directory, folders, names in os.walk(
         folder, onerror=lambda error: unlisted.append(Path(error.filename))
     ):
+        for name in folders:
+            path = Path(directory, name)
+            if name.startswith("."):
+                yield Skipped(path, "hidden folder")
+            elif os.path.islink(path):
+                yield Skipped(path, "link to a folder")
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(directory, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+            if name.startswith("."):
+                yield Skipped(path, "hidden")
+            elif path.suffix.lower() not in SUFFIXES:
+                yield Skipped(path, "not named as text, Markdown or PDF")
+            else:
                 yield path
     yield from unlisted
 
@@ -100,17 +133,30 @@ def read_file(path: Path) -> Document | Skipped:
 
 
 def read_bytes(path: Path) -> bytes | Skipped:
-    """A file's content, or why it cannot be read."""
+    """A file's content, or why it cannot be read.
+
+    Only regular files are read: a pipe or a device may never end.
+    """
     try:
+        str(path).encode()
+    except UnicodeEncodeError:  # as no index can record it
+        return Skipped(path, "its name is not UTF-8: rename it", unreadable=True)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode) and not os.path.isdir(path):
+            return Skipped(path, "no regular file")
         return path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
+    except (OSError, MemoryError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Skipped(path, f"cannot be read: {reason}", unreadable=True)
 
 
 def parse(path: Path, data: bytes) -> Document | Skipped:
     """Text and title of a file with this content, or why there is none."""
-    parsed = _read_pdf(path, data) if path.suffix.lower() == ".pdf" else _read_text(path, data)
+    try:
+        parsed = _read_pdf(path, data) if path.suffix.lower() == ".pdf" else _read_text(path, data)
+    # what decoders make of a file nobody has seen is unknown; one file must not stop the others
+    except Exception as error:
+        return Skipped(path, f"cannot be read as text: {one_line(error)}")
     if isinstance(parsed, Document) and not parsed.text.strip():
         return Skipped(path, "empty")
     return parsed
@@ -173,13 +219,12 @@ def _read_pdf(path: Path, data: bytes) -> Document | Skipped:
         return Skipped(path, "encrypted PDF")
     # pypdf meets damaged files with errors of every kind; one file must not stop the others
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Skipped(path, f"not a readable PDF: {reason}")
+        return Skipped(path, f"not a readable PDF: {one_line(error)}")
     text = "\n\n".join(page.strip() for page in pages if page.strip())
     if not text:
         return Skipped(path, "PDF without text (scanned pages?)")
     # surrogates come from broken character maps and can be neither tokenized nor stored
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    text, title = (each.encode("utf-8", "replace").decode("utf-8") for each in (text, title))
     return Document(path, title or _name(path), text)
 
 

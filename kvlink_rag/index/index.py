@@ -10,12 +10,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kvlink_rag.chunk import Chunk, ScoredChunk, as_chunks
-from kvlink_rag.common.progress import bar
+from kvlink_rag.common.progress import Parts, TokenProgress, bar, token_progress
 from kvlink_rag.errors import IndexMismatchError, InputError, StoreError
 from kvlink_rag.index import catalog as sql
 from kvlink_rag.index import check as index_check
 from kvlink_rag.index.catalog import CACHES, IndexCatalog, IndexStat
 from kvlink_rag.index.check import Progress
+from kvlink_rag.index.cost import to_encode
 from kvlink_rag.index.embeddings import (
     Embeddings,
     SentenceEmbeddings,
@@ -82,6 +83,7 @@ class KVIndex:
         budget: Budget | int | None = None,
         encryption_key: EncryptionKey | None = None,
         remote: str | Remote | None = None,
+        cache_after: int = 0,
     ) -> KVIndex:
         """Open the index in a folder, or begin one.
 
@@ -99,6 +101,8 @@ class KVIndex:
             encryption_key: of its caches (:class:`kvlink_rag.store.FolderStore`). Texts, vectors
                 and ids are not encrypted: keep the folder on an encrypted disk for that.
             remote: shares its caches with other machines (:func:`kvlink_rag.store.open_store`).
+            cache_after: 0 stores caches when chunks are added, n when they are retrieved for the
+                n-th time (:func:`kvlink_rag.store.open_store`).
 
         Raises:
             StoreError: the folder cannot be used, is damaged, or a newer version made it.
@@ -117,6 +121,7 @@ class KVIndex:
                 budget=budget,
                 encryption_key=encryption_key,
                 remote=remote,
+                cache_after=cache_after,
             )
         except BaseException:
             catalog.close()
@@ -126,7 +131,9 @@ class KVIndex:
             index._table.forget_later(catalog.generation())
         return index
 
-    def add(self, chunks: Iterable[str | Chunk], progress: bool = True) -> list[str]:
+    def add(
+        self, chunks: Iterable[str | Chunk], progress: bool | TokenProgress = True
+    ) -> list[str]:
         """Encode, embed and keep chunks; what is there already costs nothing.
 
         A chunk with a known id and another text or title takes its place. The vector is that of the
@@ -134,7 +141,8 @@ class KVIndex:
 
         Args:
             chunks: texts or chunks. A chunk without an id gets one from its text.
-            progress: show a progress bar.
+            progress: True shows a progress bar; a function is called with (tokens encoded, tokens
+                to encode) after each batch of the model.
 
         Returns:
             the ids, one for each chunk given.
@@ -149,10 +157,10 @@ class KVIndex:
             _check_chunk(chunk)
         # the last of those with one id counts, as if they were added one by one
         distinct = list({chunk.document_id: chunk for chunk in listed}.values())
-        with bar("Indexing", total=len(distinct), enabled=progress) as done:
-            for start in range(0, len(distinct), BATCH):
-                self._add_batch(distinct[start : start + BATCH])
-                done(min(start + BATCH, len(distinct)))
+        if len(distinct) > BATCH:
+            self._add_batches(distinct, progress)
+        elif distinct:  # the engine tells of all there is
+            self._add_batch(distinct, progress)
         return [chunk.document_id for chunk in listed]
 
     def delete(self, ids: Iterable[str]) -> int:
@@ -247,7 +255,21 @@ class KVIndex:
     ) -> None:
         self.close()
 
-    def _add_batch(self, batch: Sequence[Chunk]) -> None:
+    def _add_batches(self, chunks: Sequence[Chunk], progress: bool | TokenProgress) -> None:
+        tokens = sum(to_encode(self.engine, chunks)) if progress else 0
+        with (
+            token_progress("Encoding chunks", tokens, progress) as encoded,
+            # the caches are there, or stored later: it is the vectors that take time
+            bar("Adding chunks", len(chunks), enabled=progress is True and not tokens) as added,
+        ):
+            parts = Parts(encoded)
+            for start in range(0, len(chunks), BATCH):
+                batch = chunks[start : start + BATCH]
+                self._add_batch(batch, parts.tell)
+                parts.next()
+                added(start + len(batch))
+
+    def _add_batch(self, batch: Sequence[Chunk], progress: Any) -> None:
         with self.catalog.only_writer():
             self.catalog.finish_releases(self.store)
             known = {chunk.id: chunk for chunk in self.catalog.get(c.document_id for c in batch)}
@@ -258,7 +280,7 @@ class KVIndex:
                 with self.catalog.writing() as tx:
                     sql.plan_release(tx, replaced, self.engine.keys(known[id] for id in replaced))
             # caches before rows: a row always had its cache; of a killed add only caches are left
-            self.engine.index(batch, progress=False)
+            self.engine.index(batch, progress=progress)
             keep = self.engine.keys(fresh) if replaced else []
             vectors = self._vectors(fresh) if fresh else None
             moved = [chunk for chunk in same if _moved(chunk, known[chunk.document_id])]

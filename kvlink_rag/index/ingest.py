@@ -10,22 +10,27 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvlink_rag.chunk import FORMAT_VERSION, Chunk
-from kvlink_rag.common.progress import bar
+from kvlink_rag.common.progress import Parts, bar, token_progress
+from kvlink_rag.common.text import one_line
 from kvlink_rag.errors import InputError
-from kvlink_rag.index.documents import Skipped, chunks_of, find_files, parse, read_bytes
+from kvlink_rag.index.catalog import CACHES, IndexCatalog
+from kvlink_rag.index.cost import to_encode
+from kvlink_rag.index.documents import Skipped, chunks_of, look, parse, read_bytes
 from kvlink_rag.prompt.layout import DEFAULT_BEHIND, PromptTemplate, render_chunk
+from kvlink_rag.store import EncryptionKey, KVStore, RemoteTier, open_store
 
 if TYPE_CHECKING:
+    from kvlink_rag.engine.engine import KVLinkEngine
     from kvlink_rag.index.index import KVIndex
-    from kvlink_rag.store import EncryptionKey, KVStore
 
 BATCH_CHUNKS = 64
-"""Chunks added at once: small files are encoded together, large ones show their progress."""
+"""Chunks added at once: small files are encoded together."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,14 @@ class Splitting:
         overlap: most tokens repeated from the chunk before.
         model: whose tokens are counted.
         adapter: that the caches are to serve; empty for none.
+        dtype: of the model and its caches; `auto` is the checkpoint's.
     """
 
     tokens: int = 256
     overlap: int = 32
     model: str = ""
     adapter: str = ""
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or not 0 <= self.overlap < self.tokens:
@@ -53,8 +60,9 @@ class Splitting:
 
     def digest(self, data: bytes) -> str:
         """What is recorded for a file with this content."""
-        settings = f"{self.tokens} {self.overlap} {self.model}\n{_caching(self.adapter)}\n".encode()
-        return hashlib.sha256(settings + data).hexdigest()
+        settings = f"{self.tokens} {self.overlap} {self.model}\n{_caching(self.adapter)}\n"
+        settings += "" if self.dtype == "auto" else f"{self.dtype}\n"
+        return hashlib.sha256(settings.encode() + data).hexdigest()
 
 
 def _caching(adapter: str) -> str:
@@ -84,10 +92,37 @@ class Plan:
     vanished: list[str] = field(default_factory=list)
     """Recorded files that are under the given paths no more, or hold no text any more."""
     skipped: list[Skipped] = field(default_factory=list)
+    left_out: list[Skipped] = field(default_factory=list)
+    """Files in folders that are not looked into (:func:`~kvlink_rag.index.documents.look`)."""
 
     @property
     def nothing_to_do(self) -> bool:
         return not (self.changed or self.vanished)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file read and split."""
+
+    source: str
+    digest: str
+    chunks: list[Chunk]
+
+
+@dataclass
+class Work:
+    """A plan whose files are read and split; nothing is encoded yet."""
+
+    plan: Plan
+    files: list[File] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    """Those of the plan, and files that could not be read or split after all."""
+    notes: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All of them."""
+        return [chunk for file in self.files for chunk in file.chunks]
 
 
 @dataclass
@@ -99,8 +134,11 @@ class Summary:
     removed: list[str] = field(default_factory=list)
     unchanged: int = 0
     skipped: list[Skipped] = field(default_factory=list)
+    left_out: list[Skipped] = field(default_factory=list)
     notes: list[tuple[Path, str]] = field(default_factory=list)
     chunks: int = 0
+    nbytes: int = 0
+    """Of all caches that the index has on this machine."""
     waiting: int = 0
     """Uploads and deletions that the remote has not taken; a later run goes on with them."""
 
@@ -119,12 +157,14 @@ def make_plan(
     roots = [os.path.abspath(Path(path).expanduser()) for path in paths]
     covered = {source for source in recorded if any(_is_under(source, root) for root in roots)}
     gone = [r for r in roots if not os.path.exists(r) and any(_is_under(s, r) for s in covered)]
-    plan = Plan()
-    for path in find_files(root for root in roots if root not in gone):
+    found = look(root for root in roots if root not in gone)
+    plan = Plan(left_out=found.left_out)
+    for path in found.files:
         data = read_bytes(path)
         if isinstance(data, Skipped):
             plan.skipped.append(data)
-            covered.discard(str(path))  # unreadable is not gone: keep what was indexed of it
+            if data.unreadable:  # not gone: keep what was indexed of it
+                covered.discard(str(path))
         elif recorded.get(str(path)) == splitting.digest(data):
             plan.unchanged.append(path)
             covered.discard(str(path))
@@ -134,123 +174,128 @@ def make_plan(
             plan.changed.append(path)
             covered.discard(str(path))
     # nothing below a folder that cannot be listed has vanished
-    unlisted = [str(skip.path) for skip in plan.skipped if skip.path.is_dir()]
+    unlisted = [str(skip.path) for skip in plan.skipped if os.path.isdir(skip.path)]
     plan.vanished = sorted(s for s in covered if not any(_is_under(s, u) for u in unlisted))
     return plan
 
 
-def carry_out(
+def read_files(
     plan: Plan,
-    index: KVIndex,
+    engine: KVLinkEngine,
     splitting: Splitting,
     *,
     name: Callable[[Path], str] = str,
     progress: bool = True,
-) -> Summary:
-    """Do what a plan says.
+) -> Work:
+    """Read and split the files that a plan wants indexed; what goes wrong with one is its own.
 
     Args:
+        engine: whose model is to read the chunks.
         name: under which name a file is recorded and cited; the demo uses short ones.
+        progress: show a bar on stderr.
+    """
+    work, total = Work(plan, skipped=list(plan.skipped)), len(plan.changed)
+    with bar("Reading files", total, enabled=progress and total > 0) as done:
+        for count, path in enumerate(plan.changed, 1):
+            read = _read(path, engine, splitting, name(path), work.notes)
+            if isinstance(read, File):
+                work.files.append(read)
+            else:
+                work.skipped.append(read)
+            done(count)
+    return work
+
+
+def carry_out(work: Work, index: KVIndex, *, progress: bool = True) -> Summary:
+    """Index what was read, and remove what vanished.
+
+    Args:
         progress: show bars on stderr.
 
     Raises:
         StoreError: the index cannot be written; files done before stay.
     """
-    recorded = index.catalog.sources()
-    summary = Summary(unchanged=len(plan.unchanged), skipped=list(plan.skipped))
-    total = sum(path.stat().st_size for path in plan.changed if path.exists())
-    with bar("Indexing files", total, unit="bytes", enabled=progress and total > 0) as done:
-        nbytes_done = 0
-        for batch in _batches(plan.changed, index, splitting, name, summary):
-            nbytes = sum(file.nbytes for file in batch)
-            chunks = [chunk for file in batch for chunk in file.chunks]
-            for start in range(0, len(chunks), BATCH_CHUNKS):
-                index.add(chunks[start : start + BATCH_CHUNKS], progress=False)
-                share = min(start + BATCH_CHUNKS, len(chunks)) / len(chunks)
-                done(nbytes_done + int(nbytes * share))
-            for file in batch:
-                _finish(index, file)
-                (summary.changed if file.source in recorded else summary.added).append(file.source)
-            summary.chunks += len(chunks)
-            nbytes_done += nbytes
+    plan = work.plan
+    summary = Summary(
+        unchanged=len(plan.unchanged),
+        skipped=work.skipped,
+        left_out=plan.left_out,
+        notes=work.notes,
+        chunks=len(work.chunks),
+    )
+    _add(work, index, summary, progress)
     # last, so that a moved file's caches are taken over and not computed again
     for source in plan.vanished:
         _forget(index, source)
         summary.removed.append(source)
     summary.waiting = _upload(index.store, progress)
+    summary.nbytes = index.store.stat().nbytes
     return summary
 
 
+def _add(work: Work, index: KVIndex, summary: Summary, progress: bool) -> None:
+    recorded = index.catalog.sources()
+    tokens = sum(to_encode(index.engine, work.chunks))
+    files = len(work.files)
+    with (
+        token_progress("Encoding chunks", tokens, progress) as encoded,
+        # nothing to encode: it is the vectors that take time
+        bar("Indexing files", files, enabled=progress and files > 0 and not tokens) as done,
+    ):
+        parts = Parts(encoded)
+        for batch in _batches(work.files):
+            chunks = [chunk for file in batch for chunk in file.chunks]
+            for start in range(0, len(chunks), BATCH_CHUNKS):
+                index.add(chunks[start : start + BATCH_CHUNKS], progress=parts.tell)
+                parts.next()
+            for file in batch:
+                _finish(index, file)
+                (summary.changed if file.source in recorded else summary.added).append(file.source)
+            done(len(summary.changed) + len(summary.added))
+
+
 def settle(
+    plan: Plan,
     folder: str | os.PathLike[str],
     codec: str | None = None,
     encryption_key: EncryptionKey | None = None,
     remote: str | None = None,
-) -> int:
-    """Finish what earlier runs left undone, without a model, where there is nothing else to do.
-
-    Returns:
-        uploads and deletions that the remote has not taken.
+) -> Summary:
+    """Where a plan has nothing to do: finish what earlier runs left undone, without a model.
 
     Raises:
         InputError: the index has another codec or key, or is not encrypted; or the remote's URL
             cannot be used.
         StoreError: the index cannot be written.
     """
-    from kvlink_rag.index.catalog import CACHES, IndexCatalog
-    from kvlink_rag.store import open_store
-
-    catalog = IndexCatalog(folder)
-    try:
-        if catalog.readonly:
-            return 0
+    summary = Summary(unchanged=len(plan.unchanged), skipped=plan.skipped, left_out=plan.left_out)
+    with closing(IndexCatalog(folder)) as catalog:
         store = open_store(
             catalog.folder / CACHES, codec=codec, encryption_key=encryption_key, remote=remote
         )
-        try:
-            with catalog.only_writer():
-                catalog.finish_releases(store)
-            return _upload(store, progress=True)
-        finally:
-            store.close()
-    finally:
-        catalog.close()
+        with closing(store):
+            if not catalog.readonly:
+                with catalog.only_writer():
+                    catalog.finish_releases(store)
+                summary.waiting = _upload(store, progress=True)
+            summary.nbytes = store.stat().nbytes
+    return summary
 
 
 def _upload(store: KVStore, progress: bool) -> int:
     """Bring to a store's remote, if it has one, what waits; returns how much is left."""
-    from kvlink_rag.store import RemoteTier
-
     if not isinstance(store, RemoteTier):
         return 0
     with bar("Uploading", 1.0, unit="share", enabled=progress) as done:
         return store.upload(lambda uploaded, total: done(uploaded / total))
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file read and split."""
-
-    source: str
-    digest: str
-    nbytes: int
-    chunks: list[Chunk]
-
-
-def _batches(
-    paths: Iterable[Path],
-    index: KVIndex,
-    splitting: Splitting,
-    name: Callable[[Path], str],
-    summary: Summary,
-) -> Iterator[list[_File]]:
+def _batches(files: Iterable[File]) -> Iterator[list[File]]:
     """Whole files, so many together that there are enough chunks to encode at once."""
-    batch: list[_File] = []
-    for path in paths:
-        file = _read(path, index, splitting, name(path), summary)
-        if file is not None:
-            batch.append(file)
-        if sum(len(file.chunks) for file in batch) >= BATCH_CHUNKS:
+    batch: list[File] = []
+    for file in files:
+        batch.append(file)
+        if sum(len(each.chunks) for each in batch) >= BATCH_CHUNKS:
             yield batch
             batch = []
     if batch:
@@ -258,24 +303,32 @@ def _batches(
 
 
 def _read(
-    path: Path, index: KVIndex, splitting: Splitting, source: str, summary: Summary
-) -> _File | None:
-    """A file's chunks; None, and a line in the summary, when it has none."""
+    path: Path,
+    engine: KVLinkEngine,
+    splitting: Splitting,
+    source: str,
+    notes: list[tuple[Path, str]],
+) -> File | Skipped:
+    """A file's chunks, or why there are none."""
+    from kvlink_rag.engine.indexing import Indexing  # an index with nothing to do needs no model
+
     # read anew: the digest must be that of the content indexed, not of the content planned with
     data = read_bytes(path)
     document = data if isinstance(data, Skipped) else parse(path, data)
     if isinstance(document, Skipped) or isinstance(data, Skipped):
-        summary.skipped.append(Skipped(path, "changed while it was being indexed: run again"))
-        return None
+        return Skipped(path, "changed while it was being indexed: run again")
+    try:
+        chunks = chunks_of(document, engine.tokenizer, splitting.tokens, splitting.overlap, source)
+        Indexing(engine.pipeline, chunks)  # refuses what is too long
+    # splitter and tokenizer are libraries of their own; one file must not stop the others
+    except Exception as error:
+        return Skipped(path, f"cannot be split: {one_line(error)}")
     if document.note:
-        summary.notes.append((path, document.note))
-    chunks = chunks_of(
-        document, index.engine.tokenizer, splitting.tokens, splitting.overlap, source
-    )
-    return _File(source, splitting.digest(data), len(data), chunks)
+        notes.append((path, document.note))
+    return File(source, splitting.digest(data), chunks)
 
 
-def _finish(index: KVIndex, file: _File) -> None:
+def _finish(index: KVIndex, file: File) -> None:
     """Remove what a changed file holds no more, then record it."""
     current = {chunk.id for chunk in file.chunks}
     stale = [id for id in index.catalog.ids(source=file.source) if id not in current]

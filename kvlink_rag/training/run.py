@@ -60,7 +60,10 @@ def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adap
     _claim(out, settings)
     set_seed(settings.seed)
     engine = KVLinkEngine.from_pretrained(
-        settings.model, store=store or out / STORE, encode_behind=settings.behind
+        settings.model,
+        store=store or out / STORE,
+        dtype=settings.dtype,
+        encode_behind=settings.behind,
     )
     settings = _with_questions(settings, engine, out)
     links = first_links(settings, engine)

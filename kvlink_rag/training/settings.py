@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from kvlink_rag.adapters.adapter import AdapterKind
 from kvlink_rag.adapters.links import LinkLayout
@@ -15,6 +15,8 @@ from kvlink_rag.errors import InputError
 from kvlink_rag.prompt.layout import DEFAULT_BEHIND, EncodeBehind
 from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 from kvlink_rag.training.lesson import View
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 MOST_SEEDS = 2**32 - 1
 """Numpy's, less one for the held-out lessons' own."""
@@ -52,6 +54,7 @@ class TrainSettings:
         held_out_lessons: that the loss is measured on before and after, in every view.
         start: an adapter to go on from (folder, or name of one that comes with the package). Its
             own full prefill, instead of the base model's, is then what `distill` learns.
+        dtype: of the model: `auto` is the checkpoint's.
     """
 
     model: str = DEFAULT_MODEL
@@ -82,6 +85,7 @@ class TrainSettings:
     distill: float = 0.0
     held_out_lessons: int = 24
     start: str | None = None
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -93,6 +97,7 @@ class TrainSettings:
             ("kind", get_args(AdapterKind)),
             ("layout", get_args(LinkLayout)),
             ("encode_behind", (None, *get_args(EncodeBehind))),
+            ("dtype", get_args(Dtype)),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
@@ -175,7 +180,10 @@ class TrainSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in the file."""
-        return asdict(self)
+        values = asdict(self)
+        if self.dtype == "auto":  # as runs have it that began before there was a choice
+            del values["dtype"]
+        return values
 
 
 def _is_number(value: Any) -> bool:

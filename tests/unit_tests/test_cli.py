@@ -5,20 +5,19 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from effort import times
 from pypdf import PdfWriter
-from typer.testing import CliRunner, Result
+from tiny_cli import Shell, WordVectors, paragraphs
+from typer.testing import CliRunner
 
 from kvlink_rag import Adapter, KVIndex, KVLinkEngine, PromptTemplate, demo
 from kvlink_rag.adapters.adapter import AdapterKind
@@ -32,19 +31,6 @@ from kvlink_rag.index.catalog import IndexCatalog
 from kvlink_rag.index.check import verify_index
 from kvlink_rag.index.ingest import Splitting, make_plan
 from kvlink_rag.store import FolderStore
-
-
-class WordVectors:
-    """Embeddings that need no model: words counted by a hash."""
-
-    name = "words"
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        vectors = np.full((len(texts), 64), 1e-3, dtype=np.float32)
-        for row, text in enumerate(texts):
-            for word in text.lower().split():
-                vectors[row, zlib.crc32(word.strip(".,?").encode()) % 64] += 1
-        return vectors
 
 
 @pytest.fixture(scope="session")
@@ -62,56 +48,9 @@ def _small_embeddings(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr("kvlink_rag.index.index.SentenceEmbeddings", WordVectors)
 
 
-class Shell:
-    """Runs ``kvlink`` over a folder of documents and an index beside it."""
-
-    def __init__(self, folder: Path, model: str) -> None:
-        self.docs = folder / "docs"
-        self.docs.mkdir()
-        self.out = folder / "index"
-        self.model = model
-
-    def run(self, *arguments: str | Path, code: int = 0) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == code, result.output
-        assert "Traceback" not in result.output
-        return result
-
-    def index(self, *options: str, code: int = 0) -> Result:
-        arguments = ["--model", self.model, "--chunk-tokens", "120", "--overlap", "0", *options]
-        return self.run("index", self.docs, "--out", self.out, *arguments, code=code)
-
-    def write(self, name: str, text: str) -> Path:
-        path = self.docs / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
-
-    @contextmanager
-    def catalog(self) -> Iterator[IndexCatalog]:
-        catalog = IndexCatalog(self.out)
-        yield catalog
-        catalog.close()
-
-    def state(self) -> tuple[Any, ...]:
-        """All that an index says: texts, files, and stored caches."""
-        with self.catalog() as catalog:
-            ids = sorted(catalog.ids())
-            texts = [(c.id, c.text, c.title) for c in catalog.get(ids)]
-            sources = catalog.sources()
-        check = verify_index(self.out)
-        assert check.clean
-        caches = sorted(p.name for p in (self.out / "kv").rglob("*.safetensors"))
-        return texts, sources, caches
-
-
 @pytest.fixture
 def shell(tmp_path: Path, model_folder: str) -> Shell:
     return Shell(tmp_path, model_folder)
-
-
-def paragraphs(word: str, count: int = 6) -> str:
-    return "\n\n".join(f"{word} paragraph {n} tells of {word} things." for n in range(count))
 
 
 def test_index_ask_and_store_from_end_to_end(shell: Shell) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,16 @@ from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kvlink_rag.errors import InputError
-from kvlink_rag.index.documents import Document, Skipped, chunks_of, find_files, read_file, split
+from kvlink_rag.index import documents
+from kvlink_rag.index.documents import (
+    Document,
+    Skipped,
+    chunks_of,
+    find_files,
+    look,
+    read_file,
+    split,
+)
 
 
 class Bytes:
@@ -101,6 +111,50 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "again").symlink_to(tmp_path)
     assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+
+
+def test_what_is_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.png", ".hidden.md", ".git/config", "sub/c.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    (tmp_path / "again").symlink_to(tmp_path)
+    found = look([tmp_path, tmp_path / "sub" / "c.py"])  # named: to be read
+    assert found.files == [tmp_path / "a.txt", tmp_path / "sub" / "c.py"]
+    assert [(each.path.name, each.reason) for each in found.left_out] == [
+        (".git", "hidden folder"),
+        (".hidden.md", "hidden"),
+        ("again", "link to a folder"),
+        ("b.png", "not named as text, Markdown or PDF"),
+    ]
+
+
+@pytest.mark.timeout(60)
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "pipe.txt")
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
+    for path in find_files([tmp_path]):
+        assert skipped(path).reason == "no regular file"
+    assert len(find_files([tmp_path])) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_a_name_that_is_no_text_is_skipped(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("x")
+    (path,) = find_files([tmp_path])
+    assert skipped(path).reason == "its name is not UTF-8: rename it"
+
+
+def test_whatever_a_decoder_raises_is_of_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(data: bytes) -> tuple[str, str]:
+        raise RecursionError("too\ndeep")
+
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.setattr(documents, "_decode", fails)
+    assert skipped(tmp_path / "a.txt").reason == "cannot be read as text: too deep"
 
 
 def test_title_is_the_first_heading_or_the_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from kvlink_rag import (
     KVLinkWarning,
     StoreError,
 )
+from kvlink_rag.common.once import say_once_that_memory_ends
 from kvlink_rag.store import FolderStore, MemoryStore
 
 CHUNKS = [Chunk(f"Fact {i} is {i * i}.", id=f"id-{i}", title="Squares") for i in range(5)]
@@ -395,3 +396,14 @@ def test_in_memory_model_is_used_as_it_is(engine):
 def test_bad_settings_of_an_engine_are_named(options, message):
     with pytest.raises(InputError, match=message):
         tiny.engine(**options)
+
+
+def test_caches_in_memory_are_told_of_once(caplog, tmp_path):
+    say_once_that_memory_ends.cache_clear()
+    tiny.engine(store=tmp_path)
+    tiny.engine(store=MemoryStore())
+    assert caplog.records == []
+    for _ in range(2):
+        tiny.engine()
+    assert [record.name for record in caplog.records] == ["kvlink_rag"]
+    assert "end with this process" in caplog.text

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -33,6 +34,7 @@ class FakeEngine:
         self.fingerprint = fingerprint
         self.name = f"fake {fingerprint}"
         self.store: KVStore = MemoryStore()
+        self.layout = SimpleNamespace(chunk=lambda chunk: self._record(chunk).token_ids)
 
     def with_store(self, store: KVStore) -> FakeEngine:
         twin = copy.copy(self)
@@ -47,13 +49,21 @@ class FakeEngine:
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
         return [self._record(chunk).key for chunk in as_chunks(chunks)]
 
-    def index(self, chunks: Iterable[str | Chunk], *, progress: bool = True) -> None:
-        for chunk in as_chunks(chunks):
+    def index(self, chunks: Iterable[str | Chunk], *, progress: Any = True) -> None:
+        listed = as_chunks(chunks)
+        distinct = {record.key: record for record in map(self._record, listed)}
+        lengths = {k: len(r.token_ids) for k, r in distinct.items() if not self.store.has(k)}
+        done, total = 0, sum(lengths.values())
+        for chunk in listed:
             record = self._record(chunk)
             if self.store.has(record.key):
                 self.store.refer([(chunk.document_id, record.key)])
-            else:
+                continue
+            if not self.store.cache_after:
                 self.store.put(record, [chunk.document_id])
+            if callable(progress):
+                done += lengths[record.key]
+                progress(done, total)
 
     def answer(self, question: str, chunks: Sequence[Chunk], **settings: object) -> object:
         return question, [chunk.text for chunk in chunks], settings
@@ -125,6 +135,34 @@ class TestAddAndSearch:
     def test_scores_are_cosines(self, index: KVIndex) -> None:
         index.add(["cats sleep"], progress=False)
         assert index.search("cats sleep")[0].score == pytest.approx(1, abs=1e-5)
+
+    def test_a_function_is_told_of_tokens_over_all_batches(self, index: KVIndex) -> None:
+        many = [f"the number {n} is a fact" for n in range(150)]
+        index.add(many[:5], progress=False)
+        told: list[tuple[int, int]] = []
+        index.add([*many, many[0]], progress=lambda *each: told.append(each))
+        tokens = index.store.stat().tokens
+        dones = [done for done, _ in told]
+        assert len(told) >= 3
+        assert dones == sorted(set(dones))
+        first = sum(len(index.engine.layout.chunk(Chunk(text))) for text in many[:5])
+        assert {total for _, total in told} == {dones[-1]} == {tokens - first}
+        told.clear()
+        index.add(["one more"], progress=lambda *each: told.append(each))
+        index.add(many, progress=lambda *each: told.append(each))  # all there
+        ((done, total),) = told
+        assert done == total == index.store.stat().tokens - tokens
+
+    @pytest.mark.parametrize("cache_after", [0, 1])
+    def test_there_is_a_bar_whatever_takes_the_time(
+        self, open_index: Open, capsys: pytest.CaptureFixture[str], cache_after: int
+    ) -> None:
+        many = [f"the number {n} is a fact" for n in range(70)]
+        open_index(cache_after=cache_after).add(many)
+        shown = capsys.readouterr().err
+        assert ("Encoding chunks" in shown, "Adding chunks" in shown) == (
+            (True, False) if cache_after == 0 else (False, True)
+        )
 
     def test_an_empty_index_finds_nothing(self, index: KVIndex) -> None:
         assert index.search("cats") == []

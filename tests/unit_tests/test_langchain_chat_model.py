@@ -118,6 +118,46 @@ class TestAnswers:
 
 
 class TestSettings:
+    def test_what_is_computed_anew_can_be_said(self, engine: KVLinkEngine) -> None:
+        def computed(chat: Any, **options: Any) -> tuple[str, int]:
+            message = chat.invoke(QUESTION, documents=TEXTS, **options)
+            report = message.response_metadata["report"]
+            return report["strategy"], report["computed_tokens"]
+
+        chat = ChatKVLink(engine=engine, strategy="recompute", recompute_tokens=0)
+        none = computed(chat)[1]
+        assert computed(chat, recompute_tokens=2) == ("recompute", none + 4)
+        assert computed(chat.bind(recompute_tokens=2, recompute_by="question"))[1] > none + 4
+        options = {"strategy": "recompute", "recompute_by": "question", "recompute_tokens": 2}
+        made = ChatKVLink(engine=engine, **options)
+        assert computed(made)[1] > none + 4
+        assert computed(made, recompute_by="first") == ("recompute", none + 4)
+        with pytest.raises(InputError, match="recompute_by must be one of"):
+            computed(made, recompute_by="chance")
+        assert chat._identifying_params != made._identifying_params
+
+    def test_how_the_model_is_loaded_can_be_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loads: list[tuple[str, dict[str, Any]]] = []
+        made = tiny.engine()
+
+        def load(model: str, **options: Any) -> KVLinkEngine:
+            loads.append((model, options))
+            return made
+
+        monkeypatch.setattr(KVLinkEngine, "from_pretrained", load)
+        options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "adapter": "some"}
+        more = {"merge_adapter": True}
+        chat = ChatKVLink(model="some/model", store="kv", **options, engine_options=more)
+        assert chat.engine is made
+        assert chat.model_copy().engine is copy.deepcopy(chat).engine is made
+        assert loads == [("some/model", {"store": "kv", **options, **more})]
+        other = ChatKVLink(model="some/model", dtype="bfloat16")
+        assert other._identifying_params != ChatKVLink(model="some/model")._identifying_params
+        with pytest.raises(InputError, match="leave model, store, device, dtype"):
+            ChatKVLink(engine=made, dtype="float32")
+        with pytest.raises(InputError, match=r"\['device'\] are given by themselves and in"):
+            ChatKVLink(model="some/model", device="cpu", engine_options={"device": "cuda"})
+
     def test_both_names_of_the_number_of_tokens(self, engine: KVLinkEngine) -> None:
         for options in ({"max_tokens": 3}, {"max_new_tokens": 3}):
             made = ChatKVLink(engine=engine, **options)

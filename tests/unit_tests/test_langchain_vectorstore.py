@@ -68,6 +68,19 @@ def encoded(engine: KVLinkEngine) -> list[int]:
 
 
 class TestAdding:
+    def test_progress_is_shown_unless_it_is_not_wanted(
+        self, engine: KVLinkEngine, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        make(engine).add_documents([document(1)])
+        assert "tokens" in capsys.readouterr().err
+        make(engine).add_documents([document(1)])  # nothing to encode
+        make(engine, show_progress=False).add_documents([document(2)])
+        options = {"engine": engine, "show_progress": False}
+        KVLinkVectorStore.from_texts(["Fact 3 is 9."], EMBEDDINGS, **options).add_texts(["Four."])
+        assert capsys.readouterr().err == ""
+        KVLinkVectorStore.from_texts(["Fact 5 is 25."], EMBEDDINGS, engine=engine)
+        assert "tokens" in capsys.readouterr().err
+
     def test_each_document_refers_to_its_cache_by_its_id(self, engine: KVLinkEngine) -> None:
         store = make(engine)
         ids = store.add_documents([document(1), document(2)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import scripted
 import tiny
 
 from kvlink_rag import Chunk, InputError
@@ -25,11 +26,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, object]:
 
 
 def test_indexing_computes_nothing(store):
-    engine = tiny.engine(cache_after=1, **store)
+    engine = scripted.engine(cache_after=1, **store)
     report = engine.index([*CHUNKS, CHUNKS[0]], progress=False)
     assert (report.chunks, report.hits, report.misses, report.deferred) == (5, 0, 0, 4)
     assert engine.store.stat().entries == 0
-    full = tiny.engine().answer(QUESTION, CHUNKS[:2], max_new_tokens=4)
+    full = scripted.engine().answer(QUESTION, CHUNKS[:2], max_new_tokens=4)
     first = engine.answer(QUESTION, CHUNKS[:2], max_new_tokens=4)
     again = engine.answer(QUESTION, CHUNKS[:2], max_new_tokens=4)
     assert (first.report.misses, again.report.hits) == (2, 2)
@@ -41,7 +42,7 @@ def test_indexing_computes_nothing(store):
 
 
 def test_the_nth_retrieval_stores_it(store):
-    engine = tiny.engine(cache_after=3, **store)
+    engine = scripted.engine(cache_after=3, **store)
     engine.index(CHUNKS, progress=False)
     misses = [engine.answer(QUESTION, CHUNKS[:1], max_new_tokens=1).report.misses for _ in range(5)]
     assert misses == [1, 1, 1, 0, 0]
@@ -49,7 +50,7 @@ def test_the_nth_retrieval_stores_it(store):
 
 
 def test_a_batch_counts_each_cache_once():
-    engine = tiny.engine(cache_after=2)
+    engine = scripted.engine(cache_after=2)
     questions = [(QUESTION, CHUNKS[:2]), ("Which fact?", CHUNKS[1:3])]
     for _ in range(2):
         answers = engine.answer_batch(questions, max_new_tokens=1)
@@ -60,29 +61,29 @@ def test_a_batch_counts_each_cache_once():
 
 def test_counts_last_and_are_of_all_processes(tmp_path):
     for miss in (1, 1, 0):
-        engine = tiny.engine(cache_after=2, store=tmp_path / "kv")
+        engine = scripted.engine(cache_after=2, store=tmp_path / "kv")
         assert engine.answer(QUESTION, CHUNKS[:1], max_new_tokens=1).report.misses == miss
         engine.store.close()
 
 
 def test_twins_have_it_too(tmp_path):
-    engine = tiny.engine().with_store(open_store(tmp_path / "kv", cache_after=1))
+    engine = scripted.engine().with_store(open_store(tmp_path / "kv", cache_after=1))
     assert engine.index(CHUNKS, progress=False).deferred == 4
 
 
 @pytest.mark.parametrize("bad", [-1, 1.5, True, "lazy"])
 def test_another_value_is_refused(bad):
     with pytest.raises(InputError, match="cache_after is"):
-        tiny.engine(cache_after=bad)
+        scripted.engine(cache_after=bad)
 
 
 def test_an_engine_keeps_the_budget(tmp_path):
-    engine = tiny.engine(store=tmp_path / "kv")
+    engine = scripted.engine(store=tmp_path / "kv")
     engine.index(CHUNKS[:1], progress=False)
     one = engine.store.stat().nbytes
     engine.store.close()
-    engine = tiny.engine(store=tmp_path / "kv", budget=4 * one)
-    other = tiny.engine()
+    engine = scripted.engine(store=tmp_path / "kv", budget=4 * one)
+    other = scripted.engine()
     engine.index(CHUNKS, progress=False)
     misses = 0
     for chunk in [*CHUNKS, *CHUNKS]:
@@ -95,8 +96,8 @@ def test_an_engine_keeps_the_budget(tmp_path):
 
 
 def test_an_answer_does_not_fail_for_want_of_room(tmp_path):
-    engine = tiny.engine(store=tmp_path / "kv", budget=100)
-    expected = tiny.engine().answer(QUESTION, CHUNKS, max_new_tokens=4)
+    engine = scripted.engine(store=tmp_path / "kv", budget=100)
+    expected = scripted.engine().answer(QUESTION, CHUNKS, max_new_tokens=4)
     with pytest.warns(UserWarning, match="may hold 100"):
         answer = engine.answer(QUESTION, CHUNKS, max_new_tokens=4)
     assert answer.token_ids == expected.token_ids
@@ -104,7 +105,7 @@ def test_an_answer_does_not_fail_for_want_of_room(tmp_path):
 
 def test_a_budget_is_for_a_folder():
     with pytest.raises(InputError, match="budget is for a folder"):
-        tiny.engine(budget=100)
+        scripted.engine(budget=100)
 
 
 def test_one_that_has_no_room_does_not_keep_the_others_out(tmp_path: Path) -> None:

@@ -240,7 +240,9 @@ def test_a_model_is_loaded_once_and_when_needed(monkeypatch: pytest.MonkeyPatch)
         return ENGINE
 
     monkeypatch.setattr(KVLinkEngine, "from_pretrained", load)
-    made = KVLinkLLM("some/model", store="kv", engine_kwargs={"dtype": "float32"}, max_tokens=5)
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "adapter": "some-adapter"}
+    more = {"merge_adapter": True}
+    made = KVLinkLLM("some/model", store="kv", **options, engine_kwargs=more, max_tokens=5)
     copies = [made, made.model_copy(), copy.copy(made), copy.deepcopy(made)]
     made.to_payload()
     assert loads == []
@@ -251,7 +253,7 @@ def test_a_model_is_loaded_once_and_when_needed(monkeypatch: pytest.MonkeyPatch)
 
     with ThreadPoolExecutor(8) as pool:
         engines = list(pool.map(ask, range(8)))
-    assert loads == [("some/model", {"store": "kv", "dtype": "float32"})]
+    assert loads == [("some/model", {"store": "kv", **options, **more})]
     assert all(engine is ENGINE for engine in engines)
     assert made.metadata.model_name == "some/model"
 
@@ -261,8 +263,26 @@ def test_an_llm_is_of_one_model() -> None:
         KVLinkLLM()
     with pytest.raises(InputError, match="only one of them"):
         KVLinkLLM("some/model", engine=ENGINE)
-    with pytest.raises(InputError, match="with_store"):
-        KVLinkLLM(engine=ENGINE, store="kv")
+    for options in ({"store": "kv"}, {"dtype": "float32"}, {"engine_kwargs": {"device": "cpu"}}):
+        with pytest.raises(InputError, match="with_store"):
+            KVLinkLLM(engine=ENGINE, **options)
+    with pytest.raises(InputError, match=r"\['dtype'\] are given by themselves and in"):
+        KVLinkLLM("some/model", dtype="float32", engine_kwargs={"dtype": "float16"})
+
+
+def test_what_is_computed_anew_can_be_said() -> None:
+    def computed(**options: Any) -> tuple[str, int]:
+        made = lib.llm(ENGINE, strategy="recompute", **options)
+        report = made.chat([user(QUESTION)], documents=CHUNKS_OF_TEXT).raw["report"]
+        return report["strategy"], report["computed_tokens"]
+
+    none, few = computed(recompute_tokens=0)[1], {"recompute_tokens": 3}
+    assert computed(**few) == ("recompute", none + 6)
+    assert computed(**few, recompute_by="question")[1] > none + 6
+    assert computed(**few, additional_kwargs={"recompute_tokens": 1}) == ("recompute", none + 2)
+    call = {"documents": CHUNKS_OF_TEXT, "strategy": "recompute", **few}
+    asked = LLM.chat([user(QUESTION)], **call, recompute_by="question").raw["report"]
+    assert asked["computed_tokens"] > none + 6
 
 
 def test_copies_share_the_model_and_pickles_are_refused() -> None:

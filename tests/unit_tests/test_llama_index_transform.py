@@ -83,6 +83,14 @@ def test_nodes_without_text_are_left_out_and_long_ones_named() -> None:
         KVLinkTransform(engine)([TextNode(text="a" * 5000, id_="too-long")])
 
 
+def test_progress_is_shown_unless_it_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = lib.engine()
+    KVLinkTransform(engine)([TextNode(text="One fact.")])
+    assert "tokens" in capsys.readouterr().err
+    KVLinkTransform(engine, show_progress=False)([TextNode(text="Another fact.")])
+    assert capsys.readouterr().err == ""
+
+
 def test_an_ingestion_cache_tells_models_apart_and_nothing_else() -> None:
     engine = lib.engine()
     given = nodes()
@@ -90,7 +98,7 @@ def test_an_ingestion_cache_tells_models_apart_and_nothing_else() -> None:
         get_transformation_hash(given, transform)
         for transform in (
             KVLinkTransform(engine),
-            KVLinkTransform(engine, show_progress=True),
+            KVLinkTransform(engine, show_progress=False),
             KVLinkTransform(engine.with_store(None)),
             copy.deepcopy(KVLinkTransform(engine)),
         )

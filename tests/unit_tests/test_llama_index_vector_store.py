@@ -69,6 +69,14 @@ class TextStore(SimpleVectorStore):
         return [node for id_, node in self.nodes.items() if id_ in self.data.embedding_dict]
 
 
+def test_progress_is_shown_unless_it_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = lib.engine()
+    store(engine).add([node("One fact.", "1")])
+    assert "tokens" in capsys.readouterr().err
+    KVLinkVectorStore(SimpleVectorStore(), engine, show_progress=False).add([node("Two.", "2")])
+    assert capsys.readouterr().err == ""
+
+
 def test_all_else_is_the_inner_stores(tmp_path: Path) -> None:
     engine, inner = lib.engine(), TextStore()
     made = store(engine, inner)

@@ -11,7 +11,7 @@ import threading
 import urllib.request
 
 import pytest
-import tiny
+import scripted
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,7 +25,7 @@ QUESTION = "How tall is it?"
 
 
 def watched(**options):
-    engine = tiny.engine(**options)
+    engine = scripted.engine(**options)
     engine.stop_ids = frozenset()
     registry = CollectorRegistry()
     return engine, registry, EngineMetrics(engine, registry)
@@ -168,7 +168,7 @@ def test_a_store_that_cannot_be_read_is_told(tmp_path):
 def test_one_engine_a_registry_until_it_is_closed():
     engine, registry, metrics = watched()
     with pytest.raises(InputError, match="another registry"):
-        EngineMetrics(tiny.engine(), registry)
+        EngineMetrics(scripted.engine(), registry)
     metrics.close()
     assert engine.observers == []
     engine.answer(QUESTION, CHUNKS, max_new_tokens=1)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-import tiny
-from tiny_adapters import adapter
+import scripted
 
 from kvlink_rag import IndexReport, KVLinkWarning, Report
 
@@ -15,7 +14,7 @@ QUESTION = "How tall is it?"
 
 
 def observed(**options):
-    engine = tiny.engine(**options)
+    engine = scripted.engine(**options)
     engine.stop_ids = frozenset()
     reports: list[Report | IndexReport] = []
     engine.observers.append(reports.append)
@@ -71,7 +70,7 @@ def test_reports_say_when_they_began():
 def test_twins_share_observers():
     engine, reports = observed()
     engine.with_store(None).answer(QUESTION, CHUNKS, max_new_tokens=1)
-    engine.with_adapter(adapter()).answer(QUESTION, CHUNKS, max_new_tokens=1)
+    engine.with_adapter(None).answer(QUESTION, CHUNKS, max_new_tokens=1)
     assert len(reports) == 2
     engine.observers.clear()
     engine.with_store(None).answer(QUESTION, CHUNKS, max_new_tokens=1)

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import pytest
-import tiny
+import scripted
 
 from kvlink_rag import Chunk, InputError, KVLinkEngine
 from kvlink_rag.chunk import ChunkKV
@@ -37,7 +37,7 @@ class Watched(MemoryStore):
 
 @pytest.fixture
 def engine() -> KVLinkEngine:
-    made = tiny.engine("llama", store=Watched())
+    made = scripted.engine(store=Watched())
     made.index(CHUNKS, progress=False)
     made.store.asked.clear()  # type: ignore[attr-defined]
     return made

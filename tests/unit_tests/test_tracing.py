@@ -8,7 +8,7 @@ import sys
 from itertools import pairwise
 
 import pytest
-import tiny
+import scripted
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -24,7 +24,7 @@ class Traced:
     """An engine, and the spans of what it did."""
 
     def __init__(self, **options):
-        self.engine = tiny.engine(**options)
+        self.engine = scripted.engine(**options)
         self.engine.stop_ids = frozenset()
         self.exporter = InMemorySpanExporter()
         self.provider = TracerProvider()

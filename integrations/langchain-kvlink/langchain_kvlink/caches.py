@@ -27,13 +27,18 @@ class DocumentCaches:
     Args:
         engine: encodes; its store keeps the caches.
         document_prompt: renders a document to its chunk's text.
+        show_progress: while documents are encoded.
     """
 
     def __init__(
-        self, engine: KVLinkEngine, document_prompt: BasePromptTemplate[str] | None = None
+        self,
+        engine: KVLinkEngine,
+        document_prompt: BasePromptTemplate[str] | None = None,
+        show_progress: bool = True,
     ) -> None:
         self.engine = engine
         self.document_prompt = document_prompt
+        self.show_progress = show_progress
 
     def hold(self, documents: Iterable[Document]) -> Held:
         """Encode what has no cache yet, and hold all.
@@ -51,7 +56,7 @@ class DocumentCaches:
             if chunk and key
         ]
         try:
-            self.engine.index(owned, progress=False)
+            self.engine.index(owned, progress=self.show_progress)
         except BaseException:
             self.let_go(held)
             raise

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from kvlink_rag import AnswerStream, InputError, KVLinkEngine
 from langchain_kvlink.conversation import Conversation
-from langchain_kvlink.lazy_engine import LazyEngine
+from langchain_kvlink.lazy_engine import LazyEngine, loading_options
 from langchain_kvlink.tool_calls import (
     ContentFilter,
     Produced,
@@ -32,7 +32,16 @@ from langchain_kvlink.tool_calls import (
 WITHOUT_MEANING = frozenset({"api_key", "base_url", "max_retries", "timeout"})
 """LangChain's standard parameters of remote models: accepted, since there is nothing they could do
 to a local one."""
-SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "strategy", "system")
+SETTINGS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "strategy",
+    "recompute_by",
+    "recompute_tokens",
+    "system",
+)
 """Fields that a call may override."""
 
 
@@ -73,7 +82,9 @@ class ChatKVLink(BaseChatModel):
     Args:
         engine: a :class:`kvlink_rag.KVLinkEngine`; or
         model: hub id, folder or GGUF file, loaded when first used, with
-        store: a folder or store for chunk caches (None: memory), and
+        store: a folder or store for chunk caches (None: memory),
+        device, dtype: where the model runs, and its numbers; None is `auto`,
+        adapter: folder or name of trained link tokens and LoRA, and
         engine_options: further arguments of ``KVLinkEngine.from_pretrained``.
         max_tokens: the most tokens to produce, also ``max_new_tokens``; None is the engine's 64.
         temperature: 0 (the engine's default) is greedy.
@@ -81,6 +92,9 @@ class ChatKVLink(BaseChatModel):
         seed: makes sampling repeatable.
         stop: the answer ends before the first of these strings.
         strategy: `reuse`, `recompute`, `full` or `link`; None is the engine's.
+        recompute_by: with `recompute`, which tokens of chunks are computed anew: the `first` of
+            each, or those that the `question` attends to most; None is the engine's.
+        recompute_tokens: how many of each chunk; None is the engine's.
         system: a system prompt; leave it out when the messages bring one.
         document_prompt: renders a document to its chunk's text; None shows ``page_content`` alone.
             Give the same to :class:`KVLinkVectorStore`: other texts have other caches.
@@ -92,6 +106,9 @@ class ChatKVLink(BaseChatModel):
 
     model: str | os.PathLike[str] | None = None
     store: Any = Field(default=None, repr=False)
+    device: Any = None
+    dtype: Any = None
+    adapter: Any = Field(default=None, repr=False)
     engine_options: dict[str, Any] = Field(default_factory=dict)
     max_tokens: int | None = Field(default=None, alias="max_new_tokens")
     temperature: float | None = None
@@ -99,6 +116,8 @@ class ChatKVLink(BaseChatModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     strategy: str | None = None
+    recompute_by: str | None = None
+    recompute_tokens: int | None = None
     system: str | None = None
     document_prompt: BasePromptTemplate[str] | None = None
     streaming: bool = False
@@ -111,10 +130,9 @@ class ChatKVLink(BaseChatModel):
         known = {"engine", *fields, *(field.alias for field in fields.values())}
         if unknown := values.keys() - known - WITHOUT_MEANING:
             raise InputError(f"ChatKVLink takes no {sorted(unknown)}: it takes {sorted(fields)}")
-        names = ("model", "store", "engine_options")
-        model, store, options = (values.get(name) for name in names)
+        model, store, options = values.get("model"), values.get("store"), loading_options(values)
         lazy = values.pop("lazy_engine", None)  # given when LangChain copies a model
-        if not isinstance(lazy, LazyEngine) or not lazy.is_for(model, store, options or {}):
+        if not isinstance(lazy, LazyEngine) or not lazy.is_for(model, store, options):
             lazy = LazyEngine(values.get("engine"), model, store, options)
         values = {name: value for name, value in values.items() if name in known - {"engine"}}
         try:

@@ -9,6 +9,24 @@ from typing import Any
 
 from kvlink_rag import InputError, KVLinkEngine
 
+OPTIONS = ("device", "dtype", "adapter")
+"""Options of ``KVLinkEngine.from_pretrained`` that a chat model has as fields of its own."""
+
+
+def loading_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chat model's fields say about loading, as one.
+
+    Raises:
+        InputError: the same is said twice.
+    """
+    named = {name: values[name] for name in OPTIONS if values.get(name) is not None}
+    options = values.get("engine_options") or {}
+    if not isinstance(options, Mapping):
+        raise InputError(f"engine_options is {options!r}: pass a dict of further arguments")
+    if twice := sorted(named.keys() & options.keys()):
+        raise InputError(f"{twice} are given by themselves and in engine_options: leave one out")
+    return {**options, **named}
+
 
 class LazyEngine:
     """An engine given, or the arguments to load one with.
@@ -42,8 +60,8 @@ class LazyEngine:
             raise InputError(f"engine is a {type(engine).__name__}: pass a kvlink_rag.KVLinkEngine")
         if engine is not None and not self.is_for(None, None, {}):
             raise InputError(
-                "engine=... comes with its model and store: leave model, store and engine_options "
-                "out"
+                "engine=... comes with its model and store: leave model, store, device, dtype, "
+                "adapter and engine_options out"
             )
 
     def is_for(

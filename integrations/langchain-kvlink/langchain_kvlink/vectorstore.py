@@ -65,6 +65,7 @@ class KVLinkVectorStore(VectorStore):
         engine: the one that answers, or a twin with the same store.
         document_prompt: renders a document to the text that the model reads; None shows
             ``page_content`` alone. Give the same to :class:`ChatKVLink`.
+        show_progress: a progress bar on stderr while documents are encoded.
 
     Raises:
         InputError: one of these is something else.
@@ -75,6 +76,8 @@ class KVLinkVectorStore(VectorStore):
         vectorstore: VectorStore,
         engine: KVLinkEngine,
         document_prompt: BasePromptTemplate[str] | None = None,
+        *,
+        show_progress: bool = True,
     ) -> None:
         if not isinstance(vectorstore, VectorStore):
             raise InputError(
@@ -87,7 +90,7 @@ class KVLinkVectorStore(VectorStore):
             )
         self.vectorstore = vectorstore
         self.engine = engine
-        self._caches = DocumentCaches(engine, document_prompt)
+        self._caches = DocumentCaches(engine, document_prompt, show_progress)
 
     @property
     def embeddings(self) -> Embeddings | None:
@@ -105,6 +108,7 @@ class KVLinkVectorStore(VectorStore):
         engine: KVLinkEngine | None = None,
         vectorstore_class: type[VectorStore] = InMemoryVectorStore,
         document_prompt: BasePromptTemplate[str] | None = None,
+        show_progress: bool = True,
         **kwargs: Any,
     ) -> Self:
         """Make and fill a vector store; also behind ``from_documents`` and the async twins.
@@ -121,7 +125,7 @@ class KVLinkVectorStore(VectorStore):
             raise InputError(f"engine is {engine!r}: pass a kvlink_rag.KVLinkEngine")
         given = ids or [None] * len(texts)
         known = [id or str(uuid.uuid4()) for id in given]
-        caches = DocumentCaches(engine, document_prompt)
+        caches = DocumentCaches(engine, document_prompt, show_progress)
         held = caches.hold(
             Document(page_content=text, metadata=metadata)
             for text, metadata in zip(texts, metadatas or [{}] * len(texts), strict=True)
@@ -132,7 +136,7 @@ class KVLinkVectorStore(VectorStore):
             caches.let_go(held)
             raise
         caches.refer(known, held)
-        return cls(made, engine, document_prompt)
+        return cls(made, engine, document_prompt, show_progress=show_progress)
 
     # Adding: caches first, so that a document that can be found has its cache. If the wrapped store
     # then fails, they are dropped again; what it had is as it was.

@@ -178,7 +178,7 @@ class TransformersRunner:
         """As :meth:`kvlink_rag.runners.base.ModelRunner.start`."""
         start = time.perf_counter()
         contexts = [self._context(job) for job in jobs]
-        link_s = time.perf_counter() - start
+        link_s = time.perf_counter() - start if any(job.records for job in jobs) else 0.0
         linked = [context for context in contexts if isinstance(context, LinkedContext)]
         with self.lock:
             if len(jobs) > 1 and len(linked) == len(jobs):

@@ -55,13 +55,16 @@ class KVLinkLLM(EngineHolder, CustomLLM):
         model: hub id, local folder or GGUF file; loaded once, when it is first needed.
         engine: an engine that is there already, instead of ``model``.
         store: with ``model``: folder for chunk caches, or any store; None keeps them in memory.
+        device, dtype, adapter: with ``model``: where it runs, its numbers, and trained link tokens
+            (as of ``KVLinkEngine.from_pretrained``).
         engine_kwargs: with ``model``: further arguments of ``KVLinkEngine.from_pretrained``.
         settings: the fields below and those of every LLM (``system_prompt``, ``callback_manager``).
 
     Copies share the model. Pickling is refused.
 
     Raises:
-        InputError: both or neither of ``model`` and ``engine``, or ``store`` with ``engine``.
+        InputError: both or neither of ``model`` and ``engine``, what is for ``model`` with
+            ``engine``, or something both by itself and in ``engine_kwargs``.
     """
 
     _handle: EngineHandle = PrivateAttr()
@@ -71,9 +74,16 @@ class KVLinkLLM(EngineHolder, CustomLLM):
     top_p: float = Field(default=1.0, description="Nucleus sampling.")
     stop: list[str] = Field(default_factory=list, description="An answer ends before these.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
+    strategy: str | None = Field(
+        default=None, description="reuse, recompute, full or link; None is the engine's."
+    )
+    recompute_by: str | None = Field(
+        default=None,
+        description="Which tokens of chunks recompute computes anew: first or question.",
+    )
+    recompute_tokens: int | None = Field(default=None, description="How many of each chunk.")
     additional_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Further arguments of KVLinkEngine.answer: strategy, recompute_tokens.",
+        default_factory=dict, description="Further arguments of KVLinkEngine.answer."
     )
 
     def __init__(
@@ -82,20 +92,27 @@ class KVLinkLLM(EngineHolder, CustomLLM):
         *,
         engine: KVLinkEngine | None = None,
         store: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        adapter: Any = None,
         engine_kwargs: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         if (model is None) == (engine is None):
             raise InputError("KVLinkLLM needs model='...' or engine=..., and only one of them")
-        if engine is not None and (store is not None or engine_kwargs):
+        named = {"store": store, "device": device, "dtype": dtype, "adapter": adapter}
+        named = {name: value for name, value in named.items() if value is not None}
+        if engine is not None and (named or engine_kwargs):
             raise InputError(
-                "store and engine_kwargs are for model='...': an engine has its own; "
-                "engine.with_store(...) makes a twin with another store"
+                f"{', '.join([*named, *(engine_kwargs or {})])}: for model='...', an engine has "
+                "its own; engine.with_store(...) and engine.with_adapter(...) make twins"
             )
+        options = engine_kwargs or {}
+        if twice := sorted(named.keys() & options.keys()):
+            raise InputError(f"{twice} are given by themselves and in engine_kwargs: leave one out")
 
         def load() -> KVLinkEngine:
-            options = {"store": store, **(engine_kwargs or {})}
-            return engine or KVLinkEngine.from_pretrained(self.model, **options)
+            return engine or KVLinkEngine.from_pretrained(self.model, **options, **named)
 
         super().__init__(model=engine.name if engine else model, **settings)
         self._handle = EngineHandle(load)
@@ -246,6 +263,9 @@ class KVLinkLLM(EngineHolder, CustomLLM):
             "top_p": self.top_p,
             "stop": self.stop,
             "seed": self.seed,
+            "strategy": self.strategy,
+            "recompute_by": self.recompute_by,
+            "recompute_tokens": self.recompute_tokens,
             **self.additional_kwargs,
             **{name: value for name, value in kwargs.items() if value is not None},
         }

@@ -27,7 +27,8 @@ class KVLinkTransform(EngineHolder, TransformComponent):
 
     Args:
         engine: whose model reads, and whose store keeps.
-        show_progress: a progress bar on the terminal.
+        show_progress: a progress bar on stderr while nodes are encoded. A pipeline's own
+            ``show_progress`` does not reach its steps.
 
     Pickling is refused, so ``IngestionPipeline.run`` needs ``num_workers=None``.
 
@@ -38,9 +39,9 @@ class KVLinkTransform(EngineHolder, TransformComponent):
 
     _handle: EngineHandle = PrivateAttr()
     caches: str = Field(description="Identity of the caches made: model, prefix and format.")
-    show_progress: bool = Field(default=False, exclude=True)
+    show_progress: bool = Field(default=True, exclude=True)
 
-    def __init__(self, engine: KVLinkEngine, show_progress: bool = False) -> None:
+    def __init__(self, engine: KVLinkEngine, show_progress: bool = True) -> None:
         fields: dict[str, Any] = {
             "caches": engine.keys(["caches"])[0],  # changes with whatever makes caches differ
             "show_progress": show_progress,

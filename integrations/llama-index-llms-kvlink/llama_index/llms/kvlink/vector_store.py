@@ -35,19 +35,27 @@ class KVLinkVectorStore(EngineHolder, BasePydanticVectorStore):
     Args:
         vector_store: holds vectors and nodes, and does all else.
         engine: whose store holds the caches.
+        show_progress: a progress bar on stderr while nodes are encoded here.
 
     Pickling is refused.
     """
 
     _handle: EngineHandle = PrivateAttr()
     _inner: BasePydanticVectorStore = PrivateAttr()
+    _show_progress: bool = PrivateAttr()
 
-    def __init__(self, vector_store: BasePydanticVectorStore, engine: KVLinkEngine) -> None:
+    def __init__(
+        self,
+        vector_store: BasePydanticVectorStore,
+        engine: KVLinkEngine,
+        show_progress: bool = True,
+    ) -> None:
         super().__init__(
             stores_text=vector_store.stores_text,
             is_embedding_query=vector_store.is_embedding_query,
         )
         self._inner = vector_store
+        self._show_progress = show_progress
         self._handle = EngineHandle(lambda: engine)
 
     @classmethod
@@ -73,12 +81,12 @@ class KVLinkVectorStore(EngineHolder, BasePydanticVectorStore):
         Raises:
             InputError: a node is longer than the model's context; no node is added.
         """
-        self.engine.index(node_chunks(nodes), progress=False)
+        self.engine.index(node_chunks(nodes), progress=self._show_progress)
         return self._inner.add(list(nodes), **kwargs)
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         """:meth:`add`; the event loop stays free."""
-        await self.engine.aindex(node_chunks(nodes), progress=False)
+        await self.engine.aindex(node_chunks(nodes), progress=self._show_progress)
         return await self._inner.async_add(list(nodes), **kwargs)
 
     # Deleting: first the nodes, so that a failure leaves caches to spare and not nodes without
