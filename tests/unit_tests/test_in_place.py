@@ -35,6 +35,7 @@ def engines(name: str, **options: Any) -> tuple[KVLinkEngine, KVLinkEngine]:
     return first, second
 
 
+@pytest.mark.matrix(together=1)
 @pytest.mark.parametrize("block", [1, 3, 64])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_answers_are_those_of_copied_caches(
@@ -51,6 +52,7 @@ def test_logits_and_answers_are_those_of_copied_caches(
         assert answers[0].token_ids == answers[1].token_ids
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("least", [1, 3, 12])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-sliding"])

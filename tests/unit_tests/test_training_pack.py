@@ -20,6 +20,8 @@ from kvlink_rag.training.pack import IGNORED, Packer
 from kvlink_rag.training.run import first_links, lora_config, make_adapter
 from kvlink_rag.training.settings import TrainSettings
 
+pytestmark = pytest.mark.matrix
+
 TOLERANCE = 1e-4
 MODELS = [
     "llama",
