@@ -1,4 +1,4 @@
-"""The README's picture: seconds to the first token against prompt length, of full prefill and reuse.
+"""The README's picture: time to the first token against prompt length, full prefill and reuse.
 
 python benchmarks/plot_ttft.py
 
