@@ -4,6 +4,7 @@
 #                 the notebooks, training (half an hour or more)
 # make lint       lint and types
 # make coverage   all tests, and what they run of the code (takes half as long again)
+# make docs       the documentation as pages in build/docs
 # make clean      remove what the others made
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-all coverage lint clean
+.PHONY: demo test test-all coverage lint docs clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/kvlink demo
@@ -30,6 +31,11 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# Needs no network once it is installed, and fails where a link leads nowhere.
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "written: build/docs/index.html"
+
 clean:
 	rm -rf $(VENV) build dist .coverage .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -43,6 +49,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(BIN)/python:
