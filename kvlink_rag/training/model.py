@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import kvlink_rag.training.attention as attention
 from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.adapters.lora import add_lora, lora_layers, share_weights
 from kvlink_rag.runners.transformers.architecture import Architecture
-from kvlink_rag.training import attention
 from kvlink_rag.training.pack import IGNORED, Pack
 
 
