@@ -54,6 +54,7 @@ def test_it_imports_the_frameworks_core_and_public_names_only() -> None:
                     assert module.split(".")[0] in sys.stdlib_module_names, path
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_and_no_default_model_is_resolved() -> None:
     out = subprocess.run(
         [sys.executable, "-c", OFFLINE],
