@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import llama_index.llms.kvlink as integration
+import pytest
 
 import kvlink_rag
 
