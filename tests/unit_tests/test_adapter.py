@@ -389,16 +389,25 @@ class TestSharing:
         engine = base.with_adapter(tiny_adapters.adapter(encode_behind="alone"))
         assert engine.layout.template == words
         assert engine.behind == base.behind
-        assert engine.recompute_tokens == 3
+        assert engine.options["recompute_tokens"] == 3
         assert base.with_adapter(None).layout.template == words
 
     def test_with_adapter_goes_on_linking_where_it_can(self):
         linked = tiny_adapters.engine("llama", tiny_adapters.adapter())
-        assert linked.strategy == "link"
-        assert linked.with_adapter(tiny_adapters.adapter(seed=1)).strategy == "link"
-        assert linked.with_adapter(tiny_adapters.adapter(layout=None)).strategy == "reuse"
-        assert linked.with_adapter(None).strategy == "reuse"
-        assert tiny.engine().with_adapter(tiny_adapters.adapter()).strategy == "reuse"
+        assert linked.options.get("strategy", "reuse") == "link"
+        assert (
+            linked.with_adapter(tiny_adapters.adapter(seed=1)).options.get("strategy", "reuse")
+            == "link"
+        )
+        assert (
+            linked.with_adapter(tiny_adapters.adapter(layout=None)).options.get("strategy", "reuse")
+            == "reuse"
+        )
+        assert linked.with_adapter(None).options.get("strategy", "reuse") == "reuse"
+        assert (
+            tiny.engine().with_adapter(tiny_adapters.adapter()).options.get("strategy", "reuse")
+            == "reuse"
+        )
 
     def test_what_the_user_left_open_is_the_adapters(self):
         words = PromptTemplate(before="Trained:\n", question="! {question}")

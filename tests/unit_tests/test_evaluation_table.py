@@ -11,7 +11,8 @@ from tiny_sets import save_adapter, write_set
 from typer.testing import CliRunner
 
 from kvlink_rag import AdapterRequiredError, InputError
-from kvlink_rag.cli import app, commands
+from kvlink_rag.cli import app
+from kvlink_rag.cli import evaluate as evaluate_module
 from kvlink_rag.evaluation.plan import Plan, Row, make_rows, plan_of, read_plan
 from kvlink_rag.evaluation.run import evaluate
 from kvlink_rag.evaluation.table import AVERAGE, results, write
@@ -158,7 +159,9 @@ class Shell:
         self.out = folder / "results"
         self.loads = []
         monkeypatch.setattr(
-            commands, "load_engine", lambda name: self.loads.append(name) or tiny.engine()
+            evaluate_module,
+            "load_engine",
+            lambda name, **_: self.loads.append(name) or tiny.engine(),
         )
 
     def __call__(self, *options):

@@ -231,7 +231,7 @@ class TestBudget:
 
     def test_the_engine_and_the_call_may_say(self):
         one = tiny.engine(strategy="recompute", recompute_by="question", recompute_tokens=5)
-        assert one.with_adapter(None).recompute_by == "question"
+        assert one.with_adapter(None).options["recompute_by"] == "question"
         guided = chosen(one.prefill(QUESTION, TEXTS))
         assert guided == chosen(tiny.engine().prefill(QUESTION, TEXTS, **GUIDED))
         first = chosen(one.prefill(QUESTION, TEXTS, recompute_by="first"))
