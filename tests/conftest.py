@@ -11,7 +11,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import effort
 import pytest
 
-LONGEST_FIRST: tuple[str, ...] = ()
+LONGEST_FIRST = (
+    "test_notebooks.py",
+    "test_docs.py",
+    "test_readme.py",
+    "test_default_model.py",
+    "test_llama_index_default_model.py",
+    "test_cli.py",
+    "test_adapter_exactness.py",
+    "test_training_run.py",
+    "test_evaluation_run.py",
+    "test_bench.py",
+    "test_exactness.py",
+    "test_in_place.py",
+    "test_training_pack.py",
+)
 """Files that take longest: a worker that begins one last works on alone at the end."""
 
 left_out = pytest.StashKey[int]()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from effort import times
 from typer.testing import CliRunner
 
 from kvlink_rag.cli import app
@@ -22,6 +23,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 RUN = ("python", "bash", "diff")
 SHOWN = ("text",)
 """Output and pictures."""
+
+CHARACTERS = times(full=4000, quick=800)
+"""Of each article, at most."""
 
 BLOCK = re.compile(
     r"(?:^[ ]*<!-- not run: (?P<reason>[^>]+?) -->\n\s*)?"
@@ -183,10 +187,10 @@ def run_diff(block: Block, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]
     return names
 
 
-def small_corpus(folder: Path, characters: int = 4000) -> None:
+def small_corpus(folder: Path) -> None:
     """The beginnings of the examples' articles, where the commands of the pages look for them."""
     corpus = folder / "examples" / "corpus"
     corpus.mkdir(parents=True)
     for path in (ROOT / "examples" / "corpus").iterdir():
-        text = path.read_text(encoding="utf-8")[:characters]
+        text = path.read_text(encoding="utf-8")[:CHARACTERS]
         (corpus / path.name).write_text(text, encoding="utf-8")

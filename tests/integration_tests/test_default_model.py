@@ -15,7 +15,7 @@ from kvlink_rag import Chunk, KVLinkEngine
 pytestmark = pytest.mark.model
 
 CORPUS = Path(__file__).parents[2] / "examples" / "corpus"
-PROMPTS = times(full=20, quick=2)
+PROMPTS = times(full=20, quick=1)
 BFLOAT16_TOLERANCE = 0.05
 """Relative error (Euclidean norm) of the centred first-token logits in bfloat16, against the block-
 masked forward pass in float32. Full prefill itself is measured against the same bound below."""

@@ -77,7 +77,7 @@ def run(code: str, folder: Path) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("pipeline", [EXPRESSION, RETRIEVAL])
+@pytest.mark.parametrize("pipeline", [EXPRESSION, pytest.param(RETRIEVAL, marks=pytest.mark.slow)])
 def test_three_lines_of_a_stock_pipeline_change(pipeline: str, tmp_path: Path) -> None:
     stock = STOCK + pipeline
     assert run(stock, tmp_path)["answer"] == "From 1887 to 1889."

@@ -11,6 +11,10 @@ from pathlib import Path
 import documentation
 import pytest
 from documentation import README, ROOT
+from effort import times
+
+from kvlink_rag.tuning import codec
+from kvlink_rag.tuning.codec import built_in_cases
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(1200)]
 
@@ -18,6 +22,8 @@ COMMANDS = documentation.commands(README)
 KVLINK = [command for command in COMMANDS if command.startswith("kvlink ")]
 BY_MAKE = {"make demo": "kvlink demo", "make test": "pytest"}
 INSTALL = "pip install ."
+MOST = times(full=100, quick=1)
+"""Questions, and chunks of each, that the codec of a new index is chosen by."""
 LONGEST = 150
 """Lines: what is longer belongs into docs/."""
 
@@ -33,6 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(codec, "built_in_cases", few_cases)
+
+
+def few_cases() -> list[codec.Case]:
+    return [(question, chunks[:MOST]) for question, chunks in built_in_cases()[:MOST]]
 
 
 def test_every_command_is_run_by_a_test_below():

@@ -565,6 +565,7 @@ def test_an_index_keeps_the_codec_it_was_made_with(shell: Shell) -> None:
     assert "1 added" in shell.index("--codec", "int8").stdout
 
 
+@pytest.mark.slow
 def test_bench_writes_its_results(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -672,18 +673,19 @@ def test_demo(
     default_model_folder: str,
     default_embeddings_folder: str,
 ) -> None:
-    """The demo's own steps over its smallest article, twice."""
+    """The demo's own steps over its smallest article, and again where it is indexed."""
     smallest = min(demo.corpus_files(), key=lambda file: file.stat().st_size)
     article = tmp_path / smallest.name
-    text = smallest.read_text(encoding="utf-8")[: times(full=10**9, quick=3200)]
+    text = smallest.read_text(encoding="utf-8")[: times(full=10**9, quick=1800)]
     article.write_text(text, encoding="utf-8")
     monkeypatch.setattr(demo, "corpus_files", lambda: [article])
     monkeypatch.setattr(demo, "QUESTIONS", ("When did the 1973 oil crisis begin?",))
-    monkeypatch.setattr(demo, "CHUNKS_PER_QUESTION", 3)
+    chunks = times(full=3, quick=2)
+    monkeypatch.setattr(demo, "CHUNKS_PER_QUESTION", chunks)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 16)
-    for _ in range(2):
+    for _ in range(times(full=2, quick=1)):
         result = CliRunner().invoke(app, ["demo", "--folder", str(tmp_path / "index")])
         assert result.exit_code == 0, result.output
         assert "1973" in result.stdout
-        assert "3 hits, 0 misses" in result.stdout
+        assert f"{chunks} hits, 0 misses" in result.stdout
         assert "x sooner" in result.stdout

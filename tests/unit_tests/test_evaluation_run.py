@@ -45,7 +45,12 @@ def engine_answer(engine, row, item):
 
 
 @pytest.mark.parametrize(
-    "model", ["llama", "gemma3", pytest.param("qwen2-sliding", marks=pytest.mark.slow)]
+    "model",
+    [
+        "llama",
+        pytest.param("gemma3", marks=pytest.mark.slow),
+        pytest.param("qwen2-sliding", marks=pytest.mark.slow),
+    ],
 )
 def test_answers_are_the_engines_own(tmp_path, model):
     kinds = {kind: {"kind": kind, "seed": seed} for seed, kind in enumerate(tiny_adapters.KINDS)}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import llama_index.llms.kvlink as integration
+import pytest
 
 import kvlink_rag
 
@@ -54,6 +55,7 @@ def test_it_imports_the_frameworks_core_and_public_names_only() -> None:
                     assert module.split(".")[0] in sys.stdlib_module_names, path
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_and_no_default_model_is_resolved() -> None:
     out = subprocess.run(
         [sys.executable, "-c", OFFLINE],

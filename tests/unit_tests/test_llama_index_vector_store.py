@@ -253,6 +253,7 @@ def test_windows_computed_at_answer_time_go_with_their_document() -> None:
     assert engine.store.stat().entries == 1
 
 
+@pytest.mark.slow
 def test_a_persisted_index_is_answered_from_by_a_fresh_process(tmp_path: Path) -> None:
     engine = lib.engine(store=lib.CountingFolder(tmp_path / "kv"))
     steps = [SentenceSplitter(), KVLinkTransform(engine)]

@@ -156,6 +156,7 @@ def test_switched_off():
     assert traced.spans() == {}
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_unless_switched_on():
     code = (
         "import sys\nsys.modules['opentelemetry'] = None\n"
