@@ -164,15 +164,18 @@ class TransformersRunner:
     ) -> Iterator[Encoded]:
         """As :meth:`kvlink_rag.runners.base.ModelRunner.encode`; longest texts first."""
         batches = self.encoder.encode(texts, behind, max_batch_tokens=self.batch_tokens)
+        before: int | None = None  # what texts stand behind runs with the first batch, if at all
         while True:
             with self.lock:
                 start = time.perf_counter()
-                kept = not behind or self.encoder.has_encoded(tuple(behind))
+                if before is None:
+                    before = 0 if self.encoder.has_encoded(tuple(behind)) else len(behind)
                 batch = next(batches, None)
                 seconds = time.perf_counter() - start
             if batch is None:
                 return
-            yield Encoded(batch, 0 if kept else len(behind), seconds)
+            yield Encoded(batch, before, seconds)
+            before = 0
 
     def start(self, jobs: Sequence[Job]) -> TransformersGeneration:
         """As :meth:`kvlink_rag.runners.base.ModelRunner.start`."""
