@@ -34,6 +34,8 @@ ASK_ABOVE = 10**9
 
 KEPT = ("model", "model_name", "chunk_tokens", "overlap", "adapter", "dtype", "cache_after")
 """Settings of an index that hold until others are given."""
+AT_FIRST = {"adapter": "", "dtype": "auto", "cache_after": "0"}
+"""What an index has that does not say."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _settle(out: Path, plan: Plan, splitting: Splitting, keeping: Keeping) -> Su
     summary = settle(plan, out, codec, keeping.key, keeping.remote)
     chosen = _chosen(splitting, keeping)
     with closing(IndexCatalog(out)) as catalog:
-        if any((catalog.meta(name) or "") != value for name, value in chosen.items()):
+        if any((catalog.meta(name) or AT_FIRST[name]) != chosen[name] for name in AT_FIRST):
             catalog.set_meta(chosen)
     return summary
 

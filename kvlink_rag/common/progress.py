@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Literal
 
 from rich.console import Console
@@ -14,21 +15,30 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 Unit = Literal["items", "bytes", "tokens", "share"]
 
 TokenProgress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
 
-SPEED_OVER_S = 300
-"""The time left is told from the speed of the last so many seconds: a batch may take some of them.
-"""
+
+class TimeLeftColumn(ProgressColumn):
+    """The time left at the speed so far. It counts down while a long batch is being done."""
+
+    def render(self, task: Task) -> Text:
+        """Unknown before anything is done."""
+        at, elapsed = task.fields["at"], task.finished_time or task.elapsed or 0.0
+        if not task.total or not task.completed or not at:
+            return Text("-:--:-- left", style="progress.remaining")
+        left = at * (task.total - task.completed) / task.completed - (elapsed - at)
+        return Text(f"{timedelta(seconds=max(0, round(left)))} left", style="progress.remaining")
 
 
 @contextmanager
@@ -52,17 +62,12 @@ def bar(
         columns += _amount(unit)
     columns.append(TimeElapsedColumn())
     if total is not None:
-        columns += [TextColumn("left"), TimeRemainingColumn()]
-    with Progress(
-        *columns,
-        console=Console(file=sys.stderr),
-        disable=not enabled,
-        speed_estimate_period=SPEED_OVER_S,
-    ) as progress:
-        task = progress.add_task(description, total=total)
+        columns.append(TimeLeftColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), disable=not enabled) as progress:
+        task = progress.add_task(description, total=total, at=0.0)
 
         def done(amount: float) -> None:
-            progress.update(task, completed=amount)
+            progress.update(task, completed=amount, at=progress.tasks[0].elapsed)
 
         yield done
         # A pulse that ends is full: a bar that stops half way looks like a failure.

@@ -269,7 +269,7 @@ class KVIndex:
                 parts.next()
                 added(start + len(batch))
 
-    def _add_batch(self, batch: Sequence[Chunk], progress: Any) -> None:
+    def _add_batch(self, batch: Sequence[Chunk], progress: bool | TokenProgress) -> None:
         with self.catalog.only_writer():
             self.catalog.finish_releases(self.store)
             known = {chunk.id: chunk for chunk in self.catalog.get(c.document_id for c in batch)}

@@ -8,8 +8,9 @@ from contextlib import redirect_stderr
 
 import pytest
 import tiny
+from rich.progress import Task, TaskID
 
-from kvlink_rag.common.progress import Parts, bar, token_progress
+from kvlink_rag.common.progress import Parts, TimeLeftColumn, bar, token_progress
 
 
 class Terminal(io.StringIO):
@@ -35,7 +36,21 @@ def test_a_bar_of_tokens_tells_their_number_and_the_time_left(terminal: Terminal
     with redirect_stderr(terminal), bar("Encoding chunks", 12_000, unit="tokens") as done:
         done(3000)
     assert "12,000/12,000 tokens" in shown(terminal)
-    assert re.search(r"tokens \d:\d\d:\d\d left ", shown(terminal))
+    assert re.search(r"tokens \d:\d\d:\d\d 0:00:00 left", shown(terminal))
+
+
+def test_the_time_left_counts_down_while_a_batch_is_being_done() -> None:
+    now = [100.0]
+    task = Task(TaskID(0), "", 400, 0, _get_time=lambda: now[0], fields={"at": 0.0})
+    task.start_time = 100.0
+    column = TimeLeftColumn()
+    assert column.render(task).plain == "-:--:-- left"
+    now[0], task.completed, task.fields["at"] = 130.0, 100, 30.0
+    lefts = []
+    for seconds in (0, 10, 500):
+        now[0] = 130.0 + seconds
+        lefts.append(column.render(task).plain)
+    assert lefts == ["0:01:30 left", "0:01:20 left", "0:00:00 left"]
 
 
 def test_a_bar_is_drawn_only_for_something(terminal: Terminal) -> None:
