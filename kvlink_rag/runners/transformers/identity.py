@@ -59,8 +59,8 @@ PROBED_NUMBERS = 16
 GRID = 2**-5
 """What numbers are rounded to, in root mean squares of their layer: far above what rounding of
 float32 does to them, so that another processor seldom changes a fingerprint (which costs caches
-computed anew). What is computed otherwise shows if it moves the numbers by a hundredth; what acts on
-other tokens than the fixed ones does not."""
+computed anew). What is computed otherwise shows if it moves the numbers by a hundredth; what acts
+on other tokens than the fixed ones does not."""
 
 AdapterState = tuple[tuple[Any, ...], ...]
 """Of each layer with adapters that can be switched: its name and what is switched on in it."""
