@@ -55,7 +55,7 @@ def run(folder: Path | None = None, dtype: str = "auto") -> None:
 
     Args:
         folder: the index; None keeps it in the user's cache folder.
-        dtype: of the model and its caches; `auto` is the checkpoint's.
+        dtype: as of :meth:`KVLinkEngine.from_pretrained`.
 
     Raises:
         ModelNotFoundError: the default models cannot be had.

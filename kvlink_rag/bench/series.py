@@ -55,6 +55,7 @@ def machine(engine: KVLinkEngine) -> dict[str, Any]:
     return {
         "model": engine.name,
         "dtype": str(engine.architecture.dtype).removeprefix("torch."),
+        "caches": str(engine.architecture.cache_dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu,
         "cores": os.cpu_count(),

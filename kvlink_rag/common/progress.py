@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Literal
 
 from rich.console import Console
@@ -63,7 +64,7 @@ def bar(
     columns.append(TimeElapsedColumn())
     if total is not None:
         columns.append(TimeLeftColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), disable=not enabled) as progress:
+    with Progress(*columns, console=_console(), disable=not enabled) as progress:
         task = progress.add_task(description, total=total, at=0.0)
 
         def done(amount: float) -> None:
@@ -72,6 +73,11 @@ def bar(
         yield done
         # A pulse that ends is full: a bar that stops half way looks like a failure.
         progress.update(task, total=total or 1, completed=total or 1)
+
+
+def _console() -> Console:
+    """Stderr; in a notebook without its widgets, where rich would only warn, the bar at its end."""
+    return Console(file=sys.stderr, force_jupyter=None if find_spec("ipywidgets") else False)
 
 
 def _amount(unit: Unit) -> list[ProgressColumn]:

@@ -13,7 +13,6 @@ from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.adapters.load import load_adapter
 from kvlink_rag.chunk import Chunk, as_chunks
 from kvlink_rag.common.asynchronous import in_thread
-from kvlink_rag.common.once import say_once_that_memory_ends
 from kvlink_rag.common.progress import TokenProgress
 from kvlink_rag.engine.answer import Answer, AnswerStream
 from kvlink_rag.engine.batch import answer_together
@@ -34,6 +33,7 @@ from kvlink_rag.runners.transformers.architecture import Architecture
 from kvlink_rag.runners.transformers.load import Source
 from kvlink_rag.runners.transformers.runner import TransformersRunner
 from kvlink_rag.store import KVStore, open_store
+from kvlink_rag.store.memory import UnnamedMemory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -131,7 +131,8 @@ class KVLinkEngine:
                 come about a fifth faster on CPU, for nearly the memory of another model and rounded
                 to its dtype. Stored caches stay the same. A whole-model adapter always is merged.
             device: `auto` takes an accelerator when there is one.
-            dtype: `auto` keeps the checkpoint's.
+            dtype: what the model computes in and keeps caches in. `auto`: caches in the
+                checkpoint's, and on a CPU computation in float32 where that is faster.
             encode_behind: what chunks are encoded behind: the model's default `system` prefix, its
                 bare chat `header`, or `alone`. Part of a cache's identity. None of them changes
                 with the system prompt of a question. None takes what the adapter was trained with,
@@ -144,13 +145,12 @@ class KVLinkEngine:
             AdapterRequiredError
         """
         merged({}, options)  # a mistyped one is said before a model is loaded
-        if store is None:
-            say_once_that_memory_ends()
         trained = None if adapter is None else load_adapter(adapter)
         runner = TransformersRunner.from_pretrained(
             model, device=device, dtype=dtype, adapter=trained, merge_adapter=merge_adapter
         )
-        return cls(runner, open_store(store), encode_behind=encode_behind, prompt=prompt, **options)
+        its = open_store(UnnamedMemory() if store is None else store)
+        return cls(runner, its, encode_behind=encode_behind, prompt=prompt, **options)
 
     def with_store(self, store: str | Path | KVStore | None) -> KVLinkEngine:
         """A twin with another store; it shares the model and :attr:`fidelity_stats`."""

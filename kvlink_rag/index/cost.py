@@ -67,11 +67,11 @@ def to_encode(engine: KVLinkEngine, chunks: Iterable[Chunk]) -> list[int]:
 
 def coded_bytes(architecture: Architecture, codec: str, tokens: int) -> int:
     """Bytes of keys and values of a text as a codec writes them (:mod:`kvlink_rag.store.codec`)."""
-    a, codec = architecture, codec_for(codec, architecture.dtype)
+    a, codec = architecture, codec_for(codec, architecture.cache_dtype)
     if codec == RAW:
         return a.bytes_per_token * tokens
     if codec == "bf16":
-        return a.bytes_per_token // a.dtype.itemsize * 2 * tokens
+        return a.bytes_per_token // a.cache_dtype.itemsize * 2 * tokens
     heads, width = (a.layers, a.kv_heads, tokens), channels(codec, 1)  # channels in a byte
     layout = coded_layout(codec, (*heads, a.head_dim // width), (*heads, a.value_dim // width))
     return sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from kvlink_rag.chunk import RAW, ChunkKV
+from kvlink_rag.common.once import say_once_that_memory_ends
 from kvlink_rag.errors import InputError
 from kvlink_rag.store.base import StoreCheck, StoreStat, check_cache_after
 from kvlink_rag.store.record import check_shapes
@@ -142,6 +143,15 @@ class MemoryStore:
             self._records.clear()
             self._keys.clear()
             self._documents.clear()
+
+
+class UnnamedMemory(MemoryStore):
+    """Where caches go when nobody has named a store: says at the first one that it will end."""
+
+    def put(self, record: ChunkKV, documents: Iterable[str] = ()) -> None:
+        """As :meth:`MemoryStore.put`."""
+        say_once_that_memory_ends()
+        super().put(record, documents)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ class TrainSettings:
         held_out_lessons: that the loss is measured on before and after, in every view.
         start: an adapter to go on from (folder, or name of one that comes with the package). Its
             own full prefill, instead of the base model's, is then what `distill` learns.
-        dtype: of the model: `auto` is the checkpoint's.
+        dtype: of the model: `auto` is the checkpoint's, or float32 where a CPU is faster in it.
     """
 
     model: str = DEFAULT_MODEL

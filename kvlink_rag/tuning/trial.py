@@ -30,7 +30,7 @@ def trial_engines(
     with tempfile.TemporaryDirectory(prefix="kvlink-trial-", dir=folder) as name, ExitStack() as on:
         twins = {}
         for codec in CODECS:
-            if codec_for(codec, engine.architecture.dtype) == codec:
+            if codec_for(codec, engine.architecture.cache_dtype) == codec:
                 store = on.enter_context(closing(FolderStore(Path(name) / codec, codec)))
                 twins[codec] = twin = engine.with_store(store)
                 twin.pipeline = replace(twin.pipeline, observers=Observers())

@@ -400,10 +400,11 @@ def test_bad_settings_of_an_engine_are_named(options, message):
 
 def test_caches_in_memory_are_told_of_once(caplog, tmp_path):
     say_once_that_memory_ends.cache_clear()
-    tiny.engine(store=tmp_path)
-    tiny.engine(store=MemoryStore())
+    tiny.engine(store=tmp_path).index(["rivers"], progress=False)
+    tiny.engine(store=MemoryStore()).index(["rivers"], progress=False)
+    tiny.engine().with_store(tmp_path).index(["rocks"], progress=False)  # as an index does
     assert caplog.records == []
     for _ in range(2):
-        tiny.engine()
+        tiny.engine().index(["rivers"], progress=False)
     assert [record.name for record in caplog.records] == ["kvlink_rag"]
     assert "end with this process" in caplog.text

@@ -98,3 +98,15 @@ def test_an_engine_tells_after_each_batch_of_the_model(terminal: Terminal) -> No
     assert {total for _, total in told} == {report.tokens}
     engine.index(texts, progress=lambda *each: pytest.fail("nothing was encoded"))
     assert terminal.getvalue() == ""
+
+
+def test_a_notebook_without_widgets_gets_the_bar_and_no_advice(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("kvlink_rag.common.progress.find_spec", lambda name: None)
+    text = io.StringIO()
+    with redirect_stderr(text), bar("Converting", 3) as done:
+        done(3)
+    assert "3/3" in text.getvalue()
+    assert not recwarn.list

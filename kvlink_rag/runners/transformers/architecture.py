@@ -19,6 +19,7 @@ from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.rope import RopeGroup, group_layers, rotate
 from kvlink_rag.runners.transformers.attention import FOLDED_DTYPES
 from kvlink_rag.runners.transformers.identity import fingerprint, probe_cache
+from kvlink_rag.runners.transformers.number_type import cache_dtype
 
 SUPPORTED = (
     "Supported are decoder-only transformers with rotary positions (RoPE default, linear, llama3 "
@@ -40,6 +41,8 @@ class Architecture:
         groups: layers by their RoPE frequencies.
         windows: per layer, the sliding window in tokens, or None for full attention.
         max_tokens: the longest prompt the model was made for.
+        dtype: what it computes in.
+        cache_dtype: what its caches are kept in.
         fingerprint: the model's identity (:mod:`kvlink_rag.runners.transformers.identity`).
         maskable: whether its attention takes a custom mask (`recompute` and `link` need one).
         foldable: whether its attention is plain grouped-query attention, on a CPU.
@@ -54,6 +57,7 @@ class Architecture:
     windows: tuple[int | None, ...]
     max_tokens: int
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     device: torch.device
     fingerprint: str
     maskable: bool
@@ -63,7 +67,7 @@ class Architecture:
     def bytes_per_token(self) -> int:
         """Bytes of keys and values a cached token takes."""
         per_head = self.head_dim + self.value_dim
-        return self.layers * self.kv_heads * per_head * self.dtype.itemsize
+        return self.layers * self.kv_heads * per_head * self.cache_dtype.itemsize
 
 
 def inspect_model(model: PreTrainedModel, name: str) -> Architecture:
@@ -87,6 +91,7 @@ def inspect_model(model: PreTrainedModel, name: str) -> Architecture:
         windows=windows,
         max_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
         dtype=keys.dtype,
+        cache_dtype=cache_dtype(model),
         device=keys.device,
         fingerprint=fingerprint(model),
         maskable=attention in MASKABLE,

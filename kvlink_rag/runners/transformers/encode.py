@@ -135,10 +135,11 @@ class Encoder:
             behind=behind,
             fingerprint=self.architecture.fingerprint,
             rope=self.architecture.groups,
-            keys=cache.key_buffer[:, row, :, start:stop].clone(
-                memory_format=torch.contiguous_format
-            ),
-            values=cache.value_buffer[:, row, :, start:stop].clone(
-                memory_format=torch.contiguous_format
-            ),
+            keys=self._kept(cache.key_buffer[:, row, :, start:stop]),
+            values=self._kept(cache.value_buffer[:, row, :, start:stop]),
         )
+
+    def _kept(self, view: torch.Tensor) -> torch.Tensor:
+        """A copy of part of the batch in the number type of caches."""
+        dtype = self.architecture.cache_dtype
+        return view.to(dtype, copy=True, memory_format=torch.contiguous_format)

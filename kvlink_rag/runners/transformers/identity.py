@@ -19,6 +19,8 @@ from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
+from kvlink_rag.runners.transformers.number_type import cache_dtype, in_cache_dtype
+
 _IDENTITY_VERSION = 1
 """Of what a fingerprint is made of."""
 
@@ -76,9 +78,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     weights = xxhash.xxh3_128()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    readable = True
+    readable, kept = True, cache_dtype(model)
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
+        tensor = in_cache_dtype(tensors[name].detach(), kept)
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             readable = False  # of another make, and its bytes are its own business
@@ -90,7 +92,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         "format": _IDENTITY_VERSION,
         "class": type(model).__name__,
         "config": _identity(model.config.to_dict()),
-        "dtype": str(model.dtype),
+        "dtype": str(kept),
         "weights": weights.hexdigest(),
     }
     adapters = adapter_state(model)

@@ -248,8 +248,8 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, few: bool) ->
     """
     if few and a.shape[1] <= FEW_ROWS:
         out.copy_(torch.bmm(a.float(), b.float()))
-    else:
-        torch.bmm(a, b, out=out)
+    else:  # caches may be kept in a smaller type than the model computes in
+        torch.bmm(a, b.to(a.dtype), out=out)
 
 
 def _cut(positions: Sequence[int]) -> Iterator[slice]:

@@ -15,6 +15,7 @@ from transformers import (
 
 from kvlink_rag.errors import InputError, UnsupportedModelError
 from kvlink_rag.runners.transformers.models import load_gguf, not_found, resolve
+from kvlink_rag.runners.transformers.number_type import to_fastest
 
 Source = str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -38,7 +39,10 @@ def load(
     else:
         number_type = "auto" if dtype == "auto" else _dtype(dtype)
         model, tokenizer = _from_pretrained(place, str(source), number_type)
-    return model.to(_device(device)).eval(), tokenizer, str(source)
+    model = model.to(_device(device)).eval()
+    if dtype == "auto":
+        model = to_fastest(model)
+    return model, tokenizer, str(source)
 
 
 def _in_memory(

@@ -131,7 +131,7 @@ class TransformersRunner:
     @property
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
-        return self.architecture.dtype
+        return self.architecture.cache_dtype
 
     @property
     def max_tokens(self) -> int:
