@@ -87,6 +87,23 @@ class TestMeasurement:
         assert reuse.cache.get_seq_length() == start
 
     @pytest.mark.parametrize("name", tiny.CONFIGS)
+    def test_in_place_it_is_the_same(self, name):
+        one = tiny.engine(name)
+        if not one.runner.in_place:
+            pytest.skip("not served in place")
+        reuse = one.prefill(QUESTION, TEXTS)
+        start = reuse.segments[-1].start
+        question, places = reuse.token_ids[start:], range(start, len(reuse.token_ids))
+        context = reuse.context
+        context.forget()
+        paid = context.attention_paid(one.model, question, places)
+        expected = paid_in_reference(name, reuse, tiny.Reference(reuse))
+        torch.testing.assert_close(paid, expected, atol=TOLERANCE, rtol=1e-4)
+        # and nothing of it is left
+        logits = context.run(one.model, question, places)
+        torch.testing.assert_close(logits, reuse.logits, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("name", tiny.CONFIGS)
     def test_the_most_attended_tokens_of_all_chunks_are_chosen(self, name):
         one = tiny.engine(name)
         reuse = one.prefill(QUESTION, TEXTS)
@@ -111,6 +128,7 @@ class TestMeasurement:
 
     def test_the_models_attention_is_given_back(self, monkeypatch):
         one = tiny.engine()
+        one.runner.in_place = False
         one.prefill(QUESTION, TEXTS, **GUIDED)
         assert one.model.config._attn_implementation == "sdpa"
 
@@ -125,7 +143,7 @@ class TestMeasurement:
         assert not any(part._forward_hooks for layer in layers for part in layer.children())
 
     def test_a_layer_without_weights_is_an_error(self):
-        one = engine("llama", "sdpa")
+        one = engine("llama", "eager")
         layer = one.model.get_decoder().layers[2]
         layer.self_attn.register_forward_hook(lambda module, args, output: (output[0], None))
         with pytest.raises(UnsupportedModelError, match=r"3 of 4 layers.*'first'"):

@@ -56,7 +56,7 @@ class TransformersRunner:
         reader: what link tokens, question and answer run through: the model, or its twin with the
             LoRA of a cache-preserving adapter, which shares its weights.
         architecture: the model's sizes and identity.
-        in_place: whether `reuse` and `link` attend to chunk caches where they lie, instead of
+        in_place: whether prompts attend to chunk caches where they lie, instead of
             copying them into one; on where model and device allow it.
         batch_tokens: padded tokens in one forward pass of :meth:`encode`.
         lock: hold it to run model or reader oneself.
@@ -142,7 +142,7 @@ class TransformersRunner:
     def abilities(self) -> Abilities:
         """Everything, but where the model's attention takes no mask."""
         strategies: set[Strategy] = {"full", "reuse"}
-        if self.architecture.maskable:
+        if self.architecture.maskable or self.in_place:
             strategies.add("recompute")
         links = self.adapter.links if self.adapter else None
         if links is not None and (self.architecture.maskable or links.layout == "tail"):
@@ -204,8 +204,9 @@ class TransformersRunner:
             for segment, record in zip(prompt.cached, job.records, strict=True)
             if record is not None
         ]
-        if self.in_place and job.strategy in ("reuse", "link"):
-            own = self.encoder.new_cache(prompt.room - sum(s.stop - s.start for s in spans))
+        if self.in_place:
+            stored = sum(span.stop - span.start for span in spans)
+            own = self.encoder.new_cache(prompt.room - stored + _anew(job))
             return LinkedContext(self.architecture, spans, own, self._scratch)
         cache = self.encoder.new_cache(prompt.room)
         for span in spans:
@@ -235,7 +236,6 @@ class TransformersRunner:
         """One prompt: the tokens of its context that see everything, then all behind it."""
         segments, computed = job.prompt.segments, 0
         if job.strategy == "recompute" and job.recompute_by == "question":
-            assert isinstance(context, ContextCache)  # as `recompute` has it
             segments, computed = self._most_attended(job, context)
         links, fast = self._links(job), job.strategy != "full"
         anew, rest = _active_positions(segments, job.strategy)
@@ -243,11 +243,13 @@ class TransformersRunner:
         state = PromptState(context, self.reader, links, fast)
         return Prefilled(segments, computed + len(anew) + len(rest), logits, state)
 
-    def _most_attended(self, job: Job, cache: ContextCache) -> tuple[list[Segment], int]:
+    def _most_attended(
+        self, job: Job, context: ContextCache | LinkedContext
+    ) -> tuple[list[Segment], int]:
         """The segments, with those tokens of chunks in full view that the question attends to most.
 
         Args:
-            cache: the linked context, up to the question.
+            context: up to the question.
 
         Returns:
             also how many tokens ran through the model to find them.
@@ -255,12 +257,16 @@ class TransformersRunner:
         segments = job.prompt.segments
         chunks = [segment for segment in segments if segment.kind == "chunk"]
         places = [place for s in chunks for place in range(s.start, s.stop)]
-        budget, computed = min(job.recompute * len(chunks), len(places)), 0
+        budget, computed = _anew(job), 0
         chosen = set(places[:budget])
         if 0 < budget < len(places):  # else none or all, and nothing to measure
-            question = job.prompt.token_ids[segments[-1].start :]
-            paid = attention_paid(self.reader, cache, question)[places]
+            start, question = segments[-1].start, job.prompt.token_ids[segments[-1].start :]
             computed = len(question)
+            if isinstance(context, LinkedContext):
+                behind = range(start, start + computed)
+                paid = context.attention_paid(self.reader, question, behind)[places]
+            else:
+                paid = attention_paid(self.reader, context, question)[places]
             chosen = {places[i] for i in paid.topk(budget).indices.tolist()}
         found = [
             replace(s, full_view=tuple(i for i in range(s.stop - s.start) if s.start + i in chosen))
@@ -287,7 +293,7 @@ class TransformersRunner:
             fast: as :func:`kvlink_rag.runners.transformers.forward.run_behind`.
         """
         if isinstance(context, LinkedContext):
-            return context.run(self.reader, [token_ids[place] for place in rest], rest, links)
+            context.replace(anew)
         if self.reader is self.model:
             anew, rest = [], [*anew, *rest]
         if anew:
@@ -297,7 +303,7 @@ class TransformersRunner:
     def _run(
         self,
         model: PreTrainedModel,
-        cache: ContextCache,
+        cache: ContextCache | LinkedContext,
         token_ids: list[int],
         places: list[int],
         links: LinkTokens | None,
@@ -305,10 +311,22 @@ class TransformersRunner:
     ) -> torch.Tensor:
         """Run the tokens at ``places``, each seeing everything before it."""
         ids = [token_ids[place] for place in places]
+        if isinstance(cache, LinkedContext):
+            return cache.run(model, ids, places, links)
         if places[-1] - places[0] + 1 == len(places):
             cache.set_length(places[0])
             return run_behind(model, cache, ids, links, fast=fast)
         return run_at(model, self.architecture, cache, ids, places, links)
+
+
+def _anew(job: Job) -> int:
+    """How many tokens of chunks `recompute` computes anew."""
+    if job.strategy != "recompute":
+        return 0
+    chunks = [segment for segment in job.prompt.segments if segment.kind == "chunk"]
+    if job.recompute_by == "first":
+        return sum(len(segment.full_view) for segment in chunks)
+    return min(job.recompute * len(chunks), sum(s.stop - s.start for s in chunks))
 
 
 def _active_positions(
