@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.errors import InputError
-from kvlink_rag.prompt.segments import Segment, Strategy
+from kvlink_rag.prompt.segments import Segment, Strategy, tokens_of
 from kvlink_rag.runners.base import Abilities, Encoded, Job, Prefilled
 from kvlink_rag.runners.transformers.architecture import Architecture, inspect_model
 from kvlink_rag.runners.transformers.context import ContextCache
@@ -326,7 +326,7 @@ def _anew(job: Job) -> int:
     chunks = [segment for segment in job.prompt.segments if segment.kind == "chunk"]
     if job.recompute_by == "first":
         return sum(len(segment.full_view) for segment in chunks)
-    return min(job.recompute * len(chunks), sum(s.stop - s.start for s in chunks))
+    return tokens_of(job.recompute, sum(s.stop - s.start for s in chunks))
 
 
 def _active_positions(
