@@ -128,8 +128,8 @@ def check_recompute(share: float) -> float:
     """
     if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise InputError(
-            f"recompute is the share of the chunks' tokens that is computed anew, from 0 to 1 (0.15 "
-            f"is 15 %), not {share!r}"
+            "recompute is the share of the chunks' tokens that is computed anew, from 0 to 1 "
+            f"(0.15 is 15 %), not {share!r}"
         )
     return float(share)
 
