@@ -13,6 +13,7 @@ import torch
 
 from kvlink_rag import InputError, KVLinkEngine, UnsupportedModelError
 from kvlink_rag.engine.prefill import Prefill
+from kvlink_rag.runners.transformers.in_place import Tokens, paid_together
 from kvlink_rag.runners.transformers.relevance import attention_paid
 
 TEXTS = [
@@ -96,9 +97,9 @@ class TestMeasurement:
         question, places = reuse.token_ids[start:], range(start, len(reuse.token_ids))
         context = reuse.context
         context.forget()
-        paid = context.attention_paid(one.model, question, places)
+        (paid,) = paid_together(one.model, [Tokens(context, question, places)])
         expected = paid_in_reference(name, reuse, tiny.Reference(reuse))
-        torch.testing.assert_close(paid, expected, atol=TOLERANCE, rtol=1e-4)
+        torch.testing.assert_close(paid.sum(0), expected, atol=TOLERANCE, rtol=1e-4)
         # and nothing of it is left
         logits = context.run(one.model, question, places)
         torch.testing.assert_close(logits, reuse.logits, atol=1e-5, rtol=0)

@@ -45,6 +45,8 @@ class LinkedContext:
 
     Attributes:
         positions: of the tokens in ``own``.
+        paid: where the attention to each position of the spans is counted, ``[layers, positions]``
+            float32, while somebody asks for it.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class LinkedContext:
         self.own = own
         self.positions: list[int] = []
         self._visibility = Visibility(self.spans, architecture.dtype)
-        self._paid: torch.Tensor | None = None  # where attention is counted
+        self.paid: torch.Tensor | None = None
         # queries go back as far as the keys would go forward
         shifts = -torch.tensor([span.shift for span in spans], dtype=torch.float32)
         self._angles: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # cosines and sines
@@ -97,27 +99,6 @@ class LinkedContext:
         """Forget all tokens but the spans'."""
         self.positions = []
         self.own.set_length(0)
-
-    def attention_paid(
-        self, model: PreTrainedModel, token_ids: Sequence[int], positions: Sequence[int]
-    ) -> torch.Tensor:
-        """How much attention tokens pay to each position of the spans; they are forgotten again.
-
-        As :func:`kvlink_rag.runners.transformers.relevance.attention_paid`.
-
-        Args:
-            token_ids, positions: of tokens behind all spans.
-
-        Returns:
-            ``[last position of a span + 1]`` float32.
-        """
-        paid = self._paid = torch.zeros(self.stop)
-        try:
-            self.run(model, token_ids, positions)
-            return paid
-        finally:
-            self._paid = None
-            self.forget()
 
     def expect(self, positions: Sequence[int]) -> None:
         """Prepare for new tokens at these positions: who sees what."""
@@ -197,10 +178,10 @@ class LinkedContext:
         weights = self._scratch.tensor("weights", shape, rows.dtype)
         torch.softmax(scores, -1, out=weights)
         parts = torch.split_with_sizes(weights, lengths, 2)
-        if self._paid is not None:
+        if self.paid is not None:
             for (index, _), weight in zip(block.seen, parts, strict=False):  # not the prompt's own
                 span = self.spans[index]
-                self._paid[span.start : span.stop] += weight.sum((0, 1), dtype=torch.float32)
+                self.paid[layer, span.start : span.stop] += weight.sum((0, 1), dtype=torch.float32)
         mixed = rows.new_empty(len(keys), *rows.shape[:2], own_values.shape[2])
         for weight, value, out in zip(parts, values, mixed, strict=True):
             few = value is own_values or value.shape[1] <= FEW_TOKENS
@@ -272,6 +253,28 @@ def run_together(
         )
     logits: torch.Tensor = out.logits[0].float()
     return logits
+
+
+def paid_together(model: PreTrainedModel, parts: Sequence[Tokens]) -> list[torch.Tensor]:
+    """How much attention tokens behind all spans pay to what the spans hold.
+
+    They are run as :func:`run_together` does, and forgotten again.
+
+    Returns:
+        for each context softmax weights, summed over the tokens and heads, ``[layers, positions]``
+        float32.
+    """
+    contexts = [part.context for part in parts]
+    paid = [torch.zeros(its.architecture.layers, its.stop) for its in contexts]
+    try:
+        for context, amounts in zip(contexts, paid, strict=True):
+            context.paid = amounts
+        run_together(model, parts)
+    finally:
+        for context in contexts:
+            context.paid = None
+            context.forget()
+    return paid
 
 
 @torch.inference_mode()
