@@ -110,7 +110,7 @@ def _ways(engine: KVLinkEngine, folder: Path, nbytes: int) -> dict[str, Way]:
     ways: dict[str, Way] = {
         "full": lambda chunks: _first_token(engine, chunks, "full"),
         "full, fast attention": lambda chunks: fast_prefill(engine, chunks),
-        "recompute": lambda chunks: _first_token(engine, chunks, "recompute"),
+        "recompute": lambda chunks: _first_token(engine, chunks, "recompute", "first"),
         "recompute by question": lambda chunks: _first_token(
             engine, chunks, "recompute", "question"
         ),

@@ -30,10 +30,11 @@ def ask(
     ] = None,
     recompute_by: Annotated[
         RecomputeBy | None,
-        typer.Option(help="Which tokens of chunks are computed anew (recompute). Default: first."),
+        typer.Option(help="Which tokens are computed anew (recompute). Default: question."),
     ] = None,
-    recompute_tokens: Annotated[
-        int | None, typer.Option(min=0, help="So many of each chunk (recompute). Default: 16.")
+    recompute: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Such a share of the chunks' tokens. Default: 0.15."),
     ] = None,
     adapter: Annotated[
         str | None,
@@ -51,12 +52,12 @@ def ask(
 ) -> None:
     """Answer a question from an index, and list the sources."""
     prepare()
-    if recompute_by is not None or recompute_tokens is not None:
+    if recompute_by is not None or recompute is not None:
         strategy = strategy or "recompute"
         if strategy != "recompute":
             raise InputError(
                 f"--strategy {strategy} computes no tokens of chunks anew: leave out "
-                "--recompute-by and --recompute-tokens"
+                "--recompute-by and --recompute"
             )
     from kvlink_rag.index.catalog import IndexCatalog
     from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
@@ -85,7 +86,7 @@ def ask(
             strategy=strategy,
             system=system,
             recompute_by=recompute_by,
-            recompute_tokens=recompute_tokens,
+            recompute=recompute,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
         )

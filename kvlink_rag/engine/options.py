@@ -13,7 +13,7 @@ from typing import Any, cast
 from typing_extensions import TypedDict
 
 from kvlink_rag.errors import InputError
-from kvlink_rag.prompt.segments import RecomputeBy, Strategy
+from kvlink_rag.prompt.segments import DEFAULT_RECOMPUTE, RecomputeBy, Strategy
 from kvlink_rag.runners.base import GenerateSettings
 
 
@@ -27,10 +27,11 @@ class AnswerOptions(TypedDict, total=False):
             engine it yields to a system message.
         tools: JSON schemas of functions that the model may call, if its chat template shows tools
             (``engine.layout.supports_tools``); its calls are part of the text.
-        recompute_tokens: with `recompute`, how many tokens of each chunk; 16.
-        recompute_by: with `recompute`, which: the `first` (default) of each chunk, or those that
-            the `question` attends to most, ``recompute_tokens`` a chunk on average; this costs one
-            more forward pass over the question.
+        recompute: with `recompute`, the share of the chunks' tokens that is computed anew, 0 ... 1;
+            0.15.
+        recompute_by: with `recompute`, which: those of all chunks that the `question` (default)
+            attends to most, which costs one more forward pass over the question, or the `first` of
+            each chunk.
         fidelity_rate: share of the answers, 0 ... 1, chosen at random, that are compared with full
             prefill (:mod:`kvlink_rag.engine.fidelity`): in ``report.fidelity`` and
             ``engine.fidelity_stats``. After the answer, unless there is a limit. Answers with
@@ -47,7 +48,7 @@ class AnswerOptions(TypedDict, total=False):
     strategy: Strategy | None
     system: str | None
     tools: Sequence[Mapping[str, Any]] | None
-    recompute_tokens: int | None
+    recompute: float | None
     recompute_by: RecomputeBy | None
     fidelity_rate: float | None
     fidelity_limit: float | None
@@ -65,8 +66,8 @@ class Options:
     strategy: Strategy = "reuse"
     system: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
-    recompute_tokens: int = 16
-    recompute_by: RecomputeBy = "first"
+    recompute: float = DEFAULT_RECOMPUTE
+    recompute_by: RecomputeBy = "question"
     fidelity_rate: float = 0.0
     fidelity_limit: float | None = None
     settings: GenerateSettings = field(default_factory=GenerateSettings)
@@ -88,6 +89,11 @@ def merged(defaults: AnswerOptions, given: AnswerOptions) -> AnswerOptions:
             raise InputError(
                 f"{name} is said to the store: store=open_store(folder, {name}=...) "
                 "(from kvlink_rag.store import open_store)"
+            )
+        if name == "recompute_tokens":
+            raise InputError(
+                "what is computed anew is a share of the chunks' tokens now, not tokens a chunk: "
+                "recompute=0.15 for 15 %"
             )
         if name not in _NAMES:
             raise InputError(f"there is no option {name!r}: options are {', '.join(_NAMES)}")

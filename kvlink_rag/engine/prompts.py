@@ -10,7 +10,7 @@ from kvlink_rag.chunk import Chunk
 from kvlink_rag.engine.request import Request
 from kvlink_rag.errors import InputError
 from kvlink_rag.prompt.layout import PromptLayout, PromptParts
-from kvlink_rag.prompt.segments import Prompt, Segment, SegmentKind, Wanted
+from kvlink_rag.prompt.segments import Prompt, Segment, SegmentKind, Wanted, tokens_of
 from kvlink_rag.runners.base import ModelRunner
 
 
@@ -45,7 +45,7 @@ class Prompts:
             token_ids += ids
             if kind == "chunk" and request.strategy != "full":
                 first = request.strategy == "recompute" and request.recompute_by == "first"
-                view = range(min(request.recompute, len(ids)) if first else 0)
+                view = range(tokens_of(request.recompute, len(ids)) if first else 0)
                 segments.append(Segment(kind, start, stop, slot, self.behind, view))
             else:
                 segments.append(Segment(kind, start, stop, slot, full_view=range(len(ids))))

@@ -23,7 +23,7 @@ class Request:
     messages: list[Message]
     chunks: list[Chunk]
     strategy: Strategy
-    recompute: int
+    recompute: float
     recompute_by: RecomputeBy
     tools: Sequence[Mapping[str, Any]]
     fidelity_rate: float
@@ -53,7 +53,7 @@ class Request:
             messages=_messages(question, given.get("system"), defaults.get("system")),
             chunks=as_chunks(chunks),
             strategy=check_strategy(options.strategy, runner),
-            recompute=check_recompute(options.recompute_tokens),
+            recompute=check_recompute(options.recompute),
             recompute_by=check_recompute_by(options.recompute_by),
             tools=options.tools,
             fidelity_rate=check_rate(options.fidelity_rate),
@@ -120,15 +120,18 @@ def check_logits(runner: ModelRunner, what: str) -> None:
         )
 
 
-def check_recompute(tokens: int) -> int:
-    """How many tokens a chunk `recompute` computes anew.
+def check_recompute(share: float) -> float:
+    """The share of the chunks' tokens that `recompute` computes anew.
 
     Raises:
-        InputError: below 0.
+        InputError: it is none.
     """
-    if tokens < 0:
-        raise InputError(f"recompute_tokens must be 0 or more, not {tokens}")
-    return tokens
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise InputError(
+            "recompute is the share of the chunks' tokens that is computed anew, from 0 to 1 "
+            f"(0.15 is 15 %), not {share!r}"
+        )
+    return float(share)
 
 
 def check_recompute_by(by: str) -> RecomputeBy:

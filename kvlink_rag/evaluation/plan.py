@@ -13,7 +13,7 @@ from kvlink_rag.chunk import RAW
 from kvlink_rag.errors import AdapterRequiredError, InputError
 from kvlink_rag.evaluation.data import SetKind
 from kvlink_rag.prompt.layout import EncodeBehind
-from kvlink_rag.prompt.segments import RecomputeBy
+from kvlink_rag.prompt.segments import DEFAULT_RECOMPUTE, RecomputeBy
 from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 from kvlink_rag.store.codec import check_codec
 
@@ -31,7 +31,7 @@ class Row:
         name: in the table.
         adapter: folder, or name of one that comes with the package; None is the bare model.
         encode_behind: what chunks are encoded behind; None takes the adapter's, else the default.
-        recompute_tokens, recompute_by: of `recompute`, as the engine's.
+        recompute, recompute_by: of `recompute`, as the engine's.
         codec: what caches are kept as (:mod:`kvlink_rag.store.codec`).
 
     Raises:
@@ -43,8 +43,8 @@ class Row:
     strategy: RowStrategy
     adapter: str | None = None
     encode_behind: EncodeBehind | None = None
-    recompute_tokens: int = 16
-    recompute_by: RecomputeBy = "first"
+    recompute: float = DEFAULT_RECOMPUTE
+    recompute_by: RecomputeBy = "question"
     codec: str = RAW
 
     def __post_init__(self) -> None:
@@ -65,10 +65,9 @@ class Row:
                 f"row {self.name!r}: recompute_by {self.recompute_by!r} is none of "
                 f"{', '.join(get_args(RecomputeBy))}"
             )
-        if not isinstance(self.recompute_tokens, int) or self.recompute_tokens < 0:
+        if not isinstance(self.recompute, (int, float)) or not 0 <= self.recompute <= 1:
             raise InputError(
-                f"row {self.name!r}: recompute_tokens is {self.recompute_tokens!r}, and not a "
-                "number from 0 on"
+                f"row {self.name!r}: recompute is {self.recompute!r}, and not a share from 0 to 1"
             )
         check_codec(self.codec)
         if self.strategy == "link" and self.adapter is None:
@@ -78,9 +77,9 @@ class Row:
             )
 
     @property
-    def recompute(self) -> tuple[int, RecomputeBy] | None:
-        """What is recomputed, if anything."""
-        return (self.recompute_tokens, self.recompute_by) if self.strategy == "recompute" else None
+    def anew(self) -> tuple[float, RecomputeBy] | None:
+        """What is computed anew, if anything."""
+        return (self.recompute, self.recompute_by) if self.strategy == "recompute" else None
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def row_digest(row: Row, engine: KVLinkEngine, base: KVLinkEngine) -> str:
             "adapter": engine.adapter and engine.adapter.fingerprint,
             "strategy": row.strategy,
             "behind": engine.behind if linked else None,
-            "recompute": row.recompute,
+            "recompute": row.anew,
             "prompt": _prompt(engine),
             **({} if row.codec == RAW else {"codec": row.codec}),
         }
@@ -94,7 +94,7 @@ def context_key(row: Row, engine: KVLinkEngine) -> str:
             "model": engine.fingerprint,
             "strategy": row.strategy,
             "behind": engine.behind if row.strategy in ("reuse", "recompute") else None,
-            "recompute": row.recompute,
+            "recompute": row.anew,
             "prompt": _prompt(engine),
             "codec": row.codec,
         }

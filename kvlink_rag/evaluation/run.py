@@ -91,7 +91,7 @@ class Runner:
             item.question,
             chunks,
             strategy=strategy,
-            recompute_tokens=row.recompute_tokens,
+            recompute=row.recompute,
             recompute_by=row.recompute_by,
             max_new_tokens=item.max_new_tokens,
         )

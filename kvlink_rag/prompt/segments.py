@@ -14,10 +14,18 @@ RecomputeBy = Literal["first", "question"]
 """Which tokens `recompute` computes anew: the first of each chunk (EPIC, arXiv 2410.15332), or
 those of all chunks that the question attends to most (ProphetKV, arXiv 2602.02579)."""
 
+DEFAULT_RECOMPUTE = 0.15
+"""Share of the chunks' tokens that `recompute` computes anew unless told otherwise."""
+
 SegmentKind = Literal["prefix", "chunk", "link", "question"]
 
 Wanted = tuple[tuple[int, ...], tuple[int, ...]]
 """A cache that a prompt asks for: token ids, and what they are encoded behind."""
+
+
+def tokens_of(share: float, tokens: int) -> int:
+    """How many of these tokens a share is: at least one, unless it is 0."""
+    return min(tokens, max(round(share * tokens), 1)) if share else 0
 
 
 @dataclass(frozen=True)

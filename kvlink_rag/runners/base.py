@@ -90,7 +90,7 @@ class Job:
         records: for each of ``prompt.cached`` the cache that stands there, None where the segment
             is empty; nothing for `full`. Keys are at the positions where they were computed: moving
             them is the runner's work, and a record is never changed.
-        recompute: with `recompute`, how many tokens a chunk on average.
+        recompute: with `recompute`, the share of the chunks' tokens that is computed anew.
         recompute_by: with `recompute`, which.
         settings: how to go on after the prompt; None where nothing will be generated.
     """
@@ -98,8 +98,8 @@ class Job:
     prompt: Prompt
     strategy: Strategy
     records: Sequence[ChunkKV | None] = ()
-    recompute: int = 0
-    recompute_by: RecomputeBy = "first"
+    recompute: float = 0.0
+    recompute_by: RecomputeBy = "question"
     settings: GenerateSettings | None = None
 
 

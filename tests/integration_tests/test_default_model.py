@@ -59,7 +59,7 @@ def test_float32_continuation_is_that_of_the_reference(float32):
 
 def test_float32_recompute_of_everything_is_full(float32):
     chunks = paragraphs()[:3]
-    whole = float32.prefill("Why?", chunks, strategy="recompute", recompute_tokens=10**6)
+    whole = float32.prefill("Why?", chunks, strategy="recompute", recompute=1.0)
     full = float32.prefill("Why?", chunks, strategy="full")
     torch.testing.assert_close(whole.logits, full.logits, atol=1e-4, rtol=1e-5)
 

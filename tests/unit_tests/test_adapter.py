@@ -385,11 +385,11 @@ class TestSharing:
 
     def test_with_adapter_keeps_what_the_user_chose(self):
         words = PromptTemplate(before="Mine:\n", question="? {question}")
-        base = tiny.engine(prompt=words, encode_behind="header", recompute_tokens=3)
+        base = tiny.engine(prompt=words, encode_behind="header", recompute=0.1)
         engine = base.with_adapter(tiny_adapters.adapter(encode_behind="alone"))
         assert engine.layout.template == words
         assert engine.behind == base.behind
-        assert engine.options["recompute_tokens"] == 3
+        assert engine.options["recompute"] == 0.1
         assert base.with_adapter(None).layout.template == words
 
     def test_with_adapter_goes_on_linking_where_it_can(self):

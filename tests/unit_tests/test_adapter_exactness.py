@@ -47,7 +47,7 @@ all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 def make(name, kind, layout="slot", lora=True):
     """An engine that never stops early, and its adapter."""
     trained = tiny_adapters.adapter(name, kind, layout, lora=lora)
-    engine = tiny_adapters.engine(name, trained, recompute_tokens=3)
+    engine = tiny_adapters.engine(name, trained, recompute=0.1)
     engine.stop_ids = frozenset()
     return engine, trained
 
@@ -151,7 +151,7 @@ def test_chunks_of_one_token(name, kind, layout, monkeypatch):
     engine, trained = make(name, kind, layout)
     monkeypatch.setattr(engine.layout, "chunk", lambda chunk: [ord(chunk.text)])
     for strategy in ("link", "reuse", "recompute", "full"):
-        check(name, engine, trained, list("abcab"), strategy=strategy, recompute_tokens=1)
+        check(name, engine, trained, list("abcab"), strategy=strategy, recompute=0.3)
 
 
 @few_models
@@ -194,7 +194,7 @@ def test_embeddings_are_the_models_and_the_adapters(name, layout):
 def test_an_adapter_changes_every_strategy(name, kind):
     """Otherwise these tests would say little about its LoRA."""
     engine, _ = make(name, kind)
-    base = tiny.engine(name, recompute_tokens=3)
+    base = tiny.engine(name, recompute=0.1)
     for strategy in ("reuse", "recompute", "full"):
         with_it, without = (e.prefill(QUESTION, TEXTS, strategy=strategy) for e in (engine, base))
         assert (with_it.logits - without.logits).abs().max() > 100 * TOLERANCE

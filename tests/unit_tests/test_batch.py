@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -11,6 +11,7 @@ from tiny_adapters import LAYOUTS, adapter
 
 from kvlink_rag import Chunk, InputError, KVLinkEngine
 from kvlink_rag.engine.answer import Answer
+from kvlink_rag.prompt.segments import RecomputeBy
 from kvlink_rag.store import MemoryStore
 
 TOWER = Chunk("The tower is 330 m tall.", id="tower")
@@ -61,10 +62,27 @@ def test_linked_together_as_alone(layout: Any) -> None:
     same(engine.answer_batch(ASKED, **SETTINGS), alone(engine, **SETTINGS))
 
 
-@pytest.mark.parametrize("options", [{"strategy": "full"}, {"strategy": "recompute"}], ids=str)
-def test_other_strategies_one_after_the_other(options: dict[str, Any]) -> None:
-    engine = tiny.engine("llama")
+@pytest.mark.parametrize("by", get_args(RecomputeBy))
+@pytest.mark.parametrize("lora", [False, True], ids=["model", "reader of its own"])
+def test_computed_anew_together_as_alone(by: Any, lora: bool) -> None:
+    engine = tiny.engine("llama", adapter=adapter(layout="tail") if lora else None)
+    assert (engine.reader is not engine.model) == lora
+    options = {"strategy": "recompute", "recompute_by": by, "recompute": 0.3}
     same(engine.answer_batch(ASKED, **options, **SETTINGS), alone(engine, **options, **SETTINGS))
+    passes: list[int] = []
+    hook = engine.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: passes.append(output.shape[1])
+    )
+    engine.answer_batch(ASKED, **options, max_new_tokens=1)
+    hook.remove()
+    if not lora:  # all caches are there now: to measure, if at all, and to answer
+        assert len(passes) == 1 + (by == "question")
+
+
+def test_full_prefill_one_after_the_other() -> None:
+    engine = tiny.engine("llama")
+    options = {"strategy": "full", **SETTINGS}
+    same(engine.answer_batch(ASKED, **options), alone(engine, **options))
 
 
 def test_a_model_that_is_not_served_in_place_too() -> None:

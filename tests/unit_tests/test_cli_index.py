@@ -231,9 +231,10 @@ def test_ask_tells_its_time_and_what_it_computes_anew(shell: Shell) -> None:
         assert "recompute: TTFT" in said
         return int(re.search(r"(\d+) computed", said)[1])  # type: ignore[index]
 
-    none = computed("--recompute-tokens", "0")
-    assert computed("--recompute-tokens", "5") == none + 10
-    assert computed("--recompute-by", "question", "--recompute-tokens", "5") > none + 10
+    none = computed("--recompute", "0")
+    first = computed("--recompute-by", "first", "--recompute", "0.3")
+    assert none < first < computed("--recompute", "0.3") < computed("--recompute", "1")
+    assert shell.run(*question, "--recompute", "16", code=2)
     refused = shell.run(*question, "--strategy", "full", "--recompute-by", "first", code=1)
     assert "--strategy full computes no tokens of chunks anew" in refused.stderr
 

@@ -221,7 +221,7 @@ class TestAnswer:
         ("options", "message"),
         [
             ({"strategy": "fast"}, "'fast'"),
-            ({"recompute_tokens": -1}, "-1"),
+            ({"recompute": -1}, "-1"),
             ({"max_new_tokens": 0}, "0"),
             ({"max_tokens": 5}, "max_tokens.*max_new_tokens"),
         ],

@@ -20,13 +20,13 @@ from kvlink_rag.evaluation.run import Runner, evaluate, groups
 from kvlink_rag.evaluation.table import results
 
 
-def rows_of(adapters, recompute_tokens=5):
-    rows = [Row(s, s, recompute_tokens=recompute_tokens) for s in ("none", "full", "reuse")]
+def rows_of(adapters, recompute=0.2):
+    rows = [Row(s, s, recompute=recompute) for s in ("none", "full", "reuse")]
     rows.append(Row("alone", "reuse", encode_behind="alone"))
-    rows.append(Row("recompute", "recompute", recompute_tokens=recompute_tokens))
+    rows.append(Row("recompute", "recompute", recompute=recompute))
     for name, adapter in adapters.items():
         rows += [
-            Row(f"{strategy} {name}", strategy, adapter, recompute_tokens=recompute_tokens)
+            Row(f"{strategy} {name}", strategy, adapter, recompute=recompute)
             for strategy in ("none", "full", "reuse", "recompute", "link")
         ]
     return tuple(rows)
@@ -39,7 +39,7 @@ def engine_answer(engine, row, item):
         item.question,
         chunks,
         strategy="full" if row.strategy == "none" else row.strategy,
-        recompute_tokens=row.recompute_tokens,
+        recompute=row.recompute,
         max_new_tokens=item.max_new_tokens,
     )
 

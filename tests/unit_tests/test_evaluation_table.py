@@ -137,7 +137,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
         ({"chunks": "two"}, "chunks is 'two'"),
         ({"reference": "best"}, "'best' is no row"),
         ({"rows": [{"name": "a", "strategy": "reuse", "encode_behind": "x"}]}, "encode_behind 'x'"),
-        ({"rows": [{"name": "a", "strategy": "full", "recompute_tokens": -1}]}, "is -1"),
+        ({"rows": [{"name": "a", "strategy": "full", "recompute": -1}]}, "is -1"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

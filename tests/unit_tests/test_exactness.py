@@ -65,7 +65,7 @@ every_way_of_choosing = pytest.mark.parametrize("by", get_args(RecomputeBy))
 )
 def test_recompute_is_one_block_masked_forward_pass(name, case, by):
     engine = tiny.engine(name, recompute_by=by)
-    check(engine, CASES[case], strategy="recompute", recompute_tokens=5)
+    check(engine, CASES[case], strategy="recompute", recompute=0.15)
 
 
 @pytest.mark.parametrize("behind", ["alone", "header", "system"])
@@ -86,10 +86,10 @@ def test_chunks_of_one_token(name, monkeypatch):
     engine = tiny.engine(name)
     monkeypatch.setattr(engine.layout, "chunk", lambda chunk: [ord(chunk.text)])
     check(engine, list("abcab"))
-    check(engine, list("abcab"), strategy="recompute", recompute_tokens=1)
+    check(engine, list("abcab"), strategy="recompute", recompute=0.2)
     monkeypatch.setattr(engine.layout, "chunk", lambda chunk: list(chunk.text.encode()))
-    check(engine, ["a", "bcd", "a"], strategy="recompute", recompute_tokens=1)
-    options = {"strategy": "recompute", "recompute_by": "question", "recompute_tokens": 1}
+    check(engine, ["a", "bcd", "a"], strategy="recompute", recompute=0.2)
+    options = {"strategy": "recompute", "recompute_by": "question", "recompute": 0.2}
     check(engine, ["a", "bcd", "a"], **options)
 
 
@@ -98,7 +98,7 @@ def test_chunks_of_one_token(name, monkeypatch):
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_twenty_greedy_tokens(name, way):
     options = {"strategy": "reuse"} if way == "reuse" else {"recompute_by": way}
-    options = {"strategy": "recompute", "recompute_tokens": 5, **options}
+    options = {"strategy": "recompute", "recompute": 0.15, **options}
     engine = tiny.engine(name)
     engine.stop_ids = frozenset()
     answer = engine.answer(QUESTION, TEXTS, max_new_tokens=20, **options)
@@ -113,7 +113,7 @@ def test_twenty_greedy_tokens(name, way):
 def test_recompute_of_everything_is_full(name, by):
     engine = tiny.engine(name, recompute_by=by)
     full = engine.prefill(QUESTION, TEXTS, strategy="full")
-    whole = engine.prefill(QUESTION, TEXTS, strategy="recompute", recompute_tokens=10**6)
+    whole = engine.prefill(QUESTION, TEXTS, strategy="recompute", recompute=1.0)
     torch.testing.assert_close(whole.logits, full.logits, atol=TOLERANCE, rtol=0)
     assert whole.token_ids == full.token_ids
 

@@ -82,7 +82,7 @@ class TestEngineFidelity:
 
     def test_it_is_that_of_the_prefills(self):
         one = engine()
-        for options in ({"strategy": "recompute", "recompute_tokens": 5}, {"system": "Be terse."}):
+        for options in ({"strategy": "recompute", "recompute": 0.15}, {"system": "Be terse."}):
             system = options.get("system")
             full = one.prefill(QUESTION, CHUNKS, strategy="full", system=system)
             other = one.prefill(QUESTION, CHUNKS, **options)
@@ -91,7 +91,7 @@ class TestEngineFidelity:
 
     def test_recompute_of_everything_and_full_itself(self):
         one = engine()
-        whole = one.fidelity(QUESTION, CHUNKS, strategy="recompute", recompute_tokens=1000)
+        whole = one.fidelity(QUESTION, CHUNKS, strategy="recompute", recompute=1.0)
         assert whole.kl_nats < 1e-6
         assert one.fidelity(QUESTION, CHUNKS, strategy="full").kl_nats == 0
         assert one.fidelity(QUESTION, []).kl_nats < 1e-6

@@ -44,6 +44,7 @@ def test_hooks_and_scatter_are_gone_after_a_failure():
 def test_attention_without_masks_is_refused_for_recompute():
     engine = tiny.engine()
     object.__setattr__(engine.architecture, "maskable", False)
+    engine.runner.in_place = False
     chunks = ["More text than is recomputed."]
     engine.answer("q", chunks, max_new_tokens=1)
     with pytest.raises(UnsupportedModelError, match="attn_implementation='sdpa'"):

@@ -12,7 +12,7 @@ from tiny_adapters import LAYOUTS, adapter
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvlink_rag import Chunk, KVLinkEngine
-from kvlink_rag.runners.transformers import in_place
+from kvlink_rag.runners.transformers import visibility
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.in_place import LinkedContext
 
@@ -41,7 +41,7 @@ def engines(name: str, **options: Any) -> tuple[KVLinkEngine, KVLinkEngine]:
 def test_logits_and_answers_are_those_of_copied_caches(
     name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_place, "BLOCK_QUERIES", block)
+    monkeypatch.setattr(visibility, "BLOCK_QUERIES", block)
     one, other = engines(name)
     for chunks in (CHUNKS, CHUNKS[::-1], CHUNKS[:1], [CHUNKS[2]] * 3, []):
         found, expected = one.prefill(QUESTION, chunks), other.prefill(QUESTION, chunks)
@@ -59,7 +59,7 @@ def test_logits_and_answers_are_those_of_copied_caches(
 def test_linked_answers_are_those_of_copied_caches(
     name: str, layout: Any, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_place, "LEAST_QUERIES", least)
+    monkeypatch.setattr(visibility, "LEAST_QUERIES", least)
     one, other = (e.with_adapter(adapter(name, layout=layout)) for e in engines(name))
     other.runner.in_place = False
     for chunks in (CHUNKS, CHUNKS[::-1]):
@@ -129,25 +129,25 @@ def test_own_memory_is_that_of_question_and_answer() -> None:
 @pytest.mark.parametrize("window", [None, 4])
 def test_who_sees_whom(window: int | None) -> None:
     at, keys = [3, 5, 9], range(2, 8)
-    bias = in_place._bias(at, keys, window, torch.float32)
+    bias = visibility._bias(at, keys, window, torch.float32)
     assert bias is not None
     for query, row in zip(at, bias, strict=True):
         for key, value in zip(keys, row, strict=True):
             sees = key <= query and (window is None or query - key < window)
             assert float(value) == (0 if sees else float("-inf"))
-    assert in_place._bias([7, 8], range(5, 8), window, torch.float32) is None
-    assert in_place._sees_some([3, 4], 4, 9, window)
-    assert not in_place._sees_some([3, 4], 5, 9, window)
-    assert in_place._sees_some([9, 30], 2, 6, window) == (window is None)
+    assert visibility._bias([7, 8], range(5, 8), window, torch.float32) is None
+    assert visibility._sees_some([3, 4], 4, 9, window)
+    assert not visibility._sees_some([3, 4], 5, 9, window)
+    assert visibility._sees_some([9, 30], 2, 6, window) == (window is None)
 
 
 def test_blocks_end_where_positions_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_place, "BLOCK_QUERIES", 4)
-    monkeypatch.setattr(in_place, "LEAST_QUERIES", 2)
+    monkeypatch.setattr(visibility, "BLOCK_QUERIES", 4)
+    monkeypatch.setattr(visibility, "LEAST_QUERIES", 2)
     at = [3, 10, 11, 20, 30, 31, 32, 33, 34, 35]
-    blocks = [at[block] for block in in_place._cut(at)]
+    blocks = [at[block] for block in visibility._cut(at)]
     assert blocks == [[3, 10, 11], [20, 30, 31, 32], [33, 34, 35]]
-    assert [at[block] for block in in_place._cut(at[:1])] == [[3]]
+    assert [at[block] for block in visibility._cut(at[:1])] == [[3]]
 
 
 def test_a_model_whose_attention_is_another_is_copied_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,4 +172,6 @@ def test_models_and_devices_it_does_not_serve_copy() -> None:
     assert not tiny.engine("gemma2").runner.in_place  # caps its scores
     engine = tiny.engine("llama")
     assert isinstance(engine.prefill(QUESTION, CHUNKS, strategy="full").context, ContextCache)
-    assert isinstance(engine.prefill(QUESTION, CHUNKS, strategy="recompute").context, ContextCache)
+    for by in ("first", "question"):
+        context = engine.prefill(QUESTION, CHUNKS, strategy="recompute", recompute_by=by).context
+        assert isinstance(context, LinkedContext)

@@ -24,7 +24,7 @@ from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import ConfigurableField
 from langchain_kvlink import ChatKVLink
 
-from kvlink_rag import InputError, KVLinkEngine, Report
+from kvlink_rag import Chunk, InputError, KVLinkEngine, Report
 
 TEXTS = ["The sky is green.", "Grass is blue."]
 QUESTION = "Colour?"
@@ -124,14 +124,15 @@ class TestSettings:
             report = message.response_metadata["report"]
             return report["strategy"], report["computed_tokens"]
 
-        chat = ChatKVLink(engine=engine, strategy="recompute", recompute_tokens=0)
+        chat = ChatKVLink(engine=engine, strategy="recompute", recompute=0.0, recompute_by="first")
         none = computed(chat)[1]
-        assert computed(chat, recompute_tokens=2) == ("recompute", none + 4)
-        assert computed(chat.bind(recompute_tokens=2, recompute_by="question"))[1] > none + 4
-        options = {"strategy": "recompute", "recompute_by": "question", "recompute_tokens": 2}
+        few = none + sum(round(0.2 * len(engine.layout.chunk(Chunk(text)))) for text in TEXTS)
+        assert computed(chat, recompute=0.2) == ("recompute", few)
+        assert computed(chat.bind(recompute=0.2, recompute_by="question"))[1] > few
+        options = {"strategy": "recompute", "recompute_by": "question", "recompute": 0.2}
         made = ChatKVLink(engine=engine, **options)
-        assert computed(made)[1] > none + 4
-        assert computed(made, recompute_by="first") == ("recompute", none + 4)
+        assert computed(made)[1] > few
+        assert computed(made, recompute_by="first") == ("recompute", few)
         with pytest.raises(InputError, match="recompute_by must be one of"):
             computed(made, recompute_by="chance")
         assert chat._identifying_params != made._identifying_params

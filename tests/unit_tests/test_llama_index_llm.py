@@ -276,13 +276,13 @@ def test_what_is_computed_anew_can_be_said() -> None:
         report = made.chat([user(QUESTION)], documents=CHUNKS_OF_TEXT).raw["report"]
         return report["strategy"], report["computed_tokens"]
 
-    none, few = computed(recompute_tokens=0)[1], {"recompute_tokens": 3}
-    assert computed(**few) == ("recompute", none + 6)
-    assert computed(**few, recompute_by="question")[1] > none + 6
-    assert computed(**few, additional_kwargs={"recompute_tokens": 1}) == ("recompute", none + 2)
-    call = {"documents": CHUNKS_OF_TEXT, "strategy": "recompute", **few}
-    asked = LLM.chat([user(QUESTION)], **call, recompute_by="question").raw["report"]
-    assert asked["computed_tokens"] > none + 6
+    none, first = computed(recompute=0.0)[1], {"recompute": 0.2, "recompute_by": "first"}
+    name, few = computed(**first)
+    assert (name, few > none) == ("recompute", True)
+    assert none < computed(**first, additional_kwargs={"recompute": 0.05})[1] < few
+    assert computed(recompute=0.2)[1] > few  # by the question, which is read twice
+    call = {"documents": CHUNKS_OF_TEXT, "strategy": "recompute", **first}
+    assert LLM.chat([user(QUESTION)], **call).raw["report"]["computed_tokens"] == few
 
 
 def test_copies_share_the_model_and_pickles_are_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from kvlink_rag import InputError, KVLinkEngine, UnsupportedModelError
 from kvlink_rag.engine.prefill import Prefill
+from kvlink_rag.runners.transformers.in_place import Tokens, paid_together
 from kvlink_rag.runners.transformers.relevance import attention_paid
 
 TEXTS = [
@@ -24,7 +25,7 @@ TEXTS = [
 ]
 """Short ones last, so that short sliding windows reach more than one."""
 QUESTION = "How tall is it?"
-GUIDED = {"strategy": "recompute", "recompute_by": "question", "recompute_tokens": 5}
+GUIDED = {"strategy": "recompute", "recompute_by": "question", "recompute": 0.15}
 TOLERANCE = 1e-4
 
 
@@ -87,6 +88,23 @@ class TestMeasurement:
         assert reuse.cache.get_seq_length() == start
 
     @pytest.mark.parametrize("name", tiny.CONFIGS)
+    def test_in_place_it_is_the_same(self, name):
+        one = tiny.engine(name)
+        if not one.runner.in_place:
+            pytest.skip("not served in place")
+        reuse = one.prefill(QUESTION, TEXTS)
+        start = reuse.segments[-1].start
+        question, places = reuse.token_ids[start:], range(start, len(reuse.token_ids))
+        context = reuse.context
+        context.forget()
+        (paid,) = paid_together(one.model, [Tokens(context, question, places)])
+        expected = paid_in_reference(name, reuse, tiny.Reference(reuse))
+        torch.testing.assert_close(paid.sum(0), expected, atol=TOLERANCE, rtol=1e-4)
+        # and nothing of it is left
+        logits = context.run(one.model, question, places)
+        torch.testing.assert_close(logits, reuse.logits, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("name", tiny.CONFIGS)
     def test_the_most_attended_tokens_of_all_chunks_are_chosen(self, name):
         one = tiny.engine(name)
         reuse = one.prefill(QUESTION, TEXTS)
@@ -94,8 +112,8 @@ class TestMeasurement:
         assert guided.token_ids == reuse.token_ids
         paid = paid_in_reference(name, reuse, tiny.Reference(reuse))
         found = chosen(guided)
-        assert len(found) == 5 * len(TEXTS)
         places = range(reuse.segments[1].start, reuse.segments[-1].start)
+        assert len(found) == round(0.15 * len(places))
         others = [place for place in places if place not in found]
         assert paid[found].min() > paid[others].max() - TOLERANCE
         assert found != chosen(one.prefill(QUESTION, TEXTS, **GUIDED | {"recompute_by": "first"}))
@@ -111,6 +129,7 @@ class TestMeasurement:
 
     def test_the_models_attention_is_given_back(self, monkeypatch):
         one = tiny.engine()
+        one.runner.in_place = False
         one.prefill(QUESTION, TEXTS, **GUIDED)
         assert one.model.config._attn_implementation == "sdpa"
 
@@ -125,7 +144,7 @@ class TestMeasurement:
         assert not any(part._forward_hooks for layer in layers for part in layer.children())
 
     def test_a_layer_without_weights_is_an_error(self):
-        one = engine("llama", "sdpa")
+        one = engine("llama", "eager")
         layer = one.model.get_decoder().layers[2]
         layer.self_attn.register_forward_hook(lambda module, args, output: (output[0], None))
         with pytest.raises(UnsupportedModelError, match=r"3 of 4 layers.*'first'"):
@@ -192,7 +211,7 @@ class TestBudget:
         one = tiny.engine()
         one.index(TEXTS, progress=False)
         reuse = one.prefill(QUESTION, TEXTS)
-        none = one.prefill(QUESTION, TEXTS, **GUIDED | {"recompute_tokens": 0})
+        none = one.prefill(QUESTION, TEXTS, **GUIDED | {"recompute": 0.0})
         assert chosen(none) == []
         torch.testing.assert_close(none.logits, reuse.logits)
         assert one.prefill(QUESTION, [], **GUIDED).report.hits == 0
@@ -205,11 +224,11 @@ class TestBudget:
             lambda module, args, output: lengths.append(output.shape[1])
         )
         guided = one.prefill(QUESTION, TEXTS, **GUIDED)
-        everything = one.prefill(QUESTION, TEXTS, **GUIDED | {"recompute_tokens": 1000})
+        everything = one.prefill(QUESTION, TEXTS, **GUIDED | {"recompute": 1.0})
         hook.remove()
         question = len(guided.token_ids) - guided.segments[-1].start
         # the question to measure, then chosen tokens with the question; nothing to measure for all
-        assert lengths[:2] == [question, 25 + question]
+        assert lengths[:2] == [question, len(chosen(guided)) + question]
         assert guided.report.computed_tokens == sum(lengths[:2])
         assert lengths[2:] == [everything.report.computed_tokens]
 
@@ -230,13 +249,13 @@ class TestBudget:
         torch.testing.assert_close(before.logits, after.logits)
 
     def test_the_engine_and_the_call_may_say(self):
-        one = tiny.engine(strategy="recompute", recompute_by="question", recompute_tokens=5)
+        one = tiny.engine(strategy="recompute", recompute_by="question", recompute=0.15)
         assert one.with_adapter(None).options["recompute_by"] == "question"
         guided = chosen(one.prefill(QUESTION, TEXTS))
         assert guided == chosen(tiny.engine().prefill(QUESTION, TEXTS, **GUIDED))
         first = chosen(one.prefill(QUESTION, TEXTS, recompute_by="first"))
         assert first == chosen(
-            tiny.engine().prefill(QUESTION, TEXTS, strategy="recompute", recompute_tokens=5)
+            tiny.engine().prefill(QUESTION, TEXTS, **GUIDED | {"recompute_by": "first"})
         )
         for make in (
             lambda: tiny.engine(recompute_by="chance"),
@@ -249,7 +268,7 @@ class TestBudget:
         one = tiny.engine(fidelity_rate=1.0)
         answer = one.answer(QUESTION, TEXTS, max_new_tokens=2, **GUIDED)
         assert answer.report.fidelity == one.fidelity(QUESTION, TEXTS, **GUIDED)
-        whole = one.fidelity(QUESTION, TEXTS, **GUIDED | {"recompute_tokens": 1000})
+        whole = one.fidelity(QUESTION, TEXTS, **GUIDED | {"recompute": 1.0})
         assert whole.kl_nats < 1e-6
 
     def test_threads_with_other_strategies(self):

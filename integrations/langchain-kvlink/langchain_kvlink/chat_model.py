@@ -38,8 +38,8 @@ SETTINGS = (
     "top_p",
     "seed",
     "strategy",
+    "recompute",
     "recompute_by",
-    "recompute_tokens",
     "system",
 )
 """Fields that a call may override."""
@@ -92,9 +92,10 @@ class ChatKVLink(BaseChatModel):
         seed: makes sampling repeatable.
         stop: the answer ends before the first of these strings.
         strategy: `reuse`, `recompute`, `full` or `link`; None is the engine's.
-        recompute_by: with `recompute`, which tokens of chunks are computed anew: the `first` of
-            each, or those that the `question` attends to most; None is the engine's.
-        recompute_tokens: how many of each chunk; None is the engine's.
+        recompute: with `recompute`, the share of the chunks' tokens that is computed anew; None is
+            the engine's.
+        recompute_by: which: those that the `question` attends to most, or the `first` of each
+            chunk; None is the engine's.
         system: a system prompt; leave it out when the messages bring one.
         document_prompt: renders a document to its chunk's text; None shows ``page_content`` alone.
             Give the same to :class:`KVLinkVectorStore`: other texts have other caches.
@@ -116,8 +117,8 @@ class ChatKVLink(BaseChatModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     strategy: str | None = None
+    recompute: float | None = None
     recompute_by: str | None = None
-    recompute_tokens: int | None = None
     system: str | None = None
     document_prompt: BasePromptTemplate[str] | None = None
     streaming: bool = False

@@ -3,7 +3,8 @@
 RoPE is relative, so instead of moving a chunk's keys forward to its place in the prompt, a query is
 moved back by as much, once for each chunk. The keys stay as they are in the mapped file or in
 memory, for any number of prompts at a time. What a prompt adds of its own, link tokens, question
-and answer, is a small cache beside them.
+and answer, is a small cache beside them. So are tokens of chunks that are computed anew: they stand
+at their positions, and what they replace is not seen any more where it lies.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvlink_rag.adapters.links import LinkTokens
-from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.rope import turn
 from kvlink_rag.runners.transformers.architecture import Architecture
@@ -27,59 +26,12 @@ from kvlink_rag.runners.transformers.attention import is_plain, use_attention
 from kvlink_rag.runners.transformers.context import ContextCache, new_cache
 from kvlink_rag.runners.transformers.forward import inputs
 from kvlink_rag.runners.transformers.scratch import Scratch
+from kvlink_rag.runners.transformers.visibility import Block, Span, Visibility
 
 NAME = "kvlink_in_place"
-BLOCK_QUERIES = 64
-"""Queries that attention is computed for at once: their scores stay in the processor's cache."""
-LEAST_QUERIES = 12
-"""Below, another block costs more than it saves."""
 FEW_ROWS, FEW_TOKENS = 12, 256
 """Up to these sizes a half-precision matrix product costs less in float32: for half precision a
 kernel of 0.7 MB is made for every size that a process meets, in 0.5 ms and more."""
-
-
-@dataclass(frozen=True, eq=False)
-class Span:
-    """A chunk cache that a prompt reads.
-
-    Args:
-        record: keys and values; nothing changes them.
-        start: position of the first token in the prompt.
-    """
-
-    record: ChunkKV
-    start: int
-
-    @property
-    def stop(self) -> int:
-        """Position behind the last token."""
-        return self.start + len(self.record.token_ids)
-
-    @property
-    def shift(self) -> int:
-        """How far the keys would have to move."""
-        return self.start - self.record.position
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """Neighbouring queries that attention is computed for at once.
-
-    Attributes:
-        queries: which of the forward pass.
-        seen: indices of spans that some of them see, and what is added to the scores
-            (``[queries, tokens]``), or None where each sees all.
-        own: the same for the tokens that the prompt adds.
-    """
-
-    queries: slice
-    seen: list[tuple[int, torch.Tensor | None]]
-    own: torch.Tensor | None
-
-    @cached_property
-    def indices(self) -> torch.Tensor:
-        """Of the spans seen."""
-        return torch.tensor([index for index, _ in self.seen])
 
 
 class LinkedContext:
@@ -93,6 +45,8 @@ class LinkedContext:
 
     Attributes:
         positions: of the tokens in ``own``.
+        paid: where the attention to each position of the spans is counted, ``[layers, positions]``
+            float32, while somebody asks for it.
     """
 
     def __init__(
@@ -107,6 +61,8 @@ class LinkedContext:
         self.spans = list(spans)
         self.own = own
         self.positions: list[int] = []
+        self._visibility = Visibility(self.spans, architecture.dtype)
+        self.paid: torch.Tensor | None = None
         # queries go back as far as the keys would go forward
         shifts = -torch.tensor([span.shift for span in spans], dtype=torch.float32)
         self._angles: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # cosines and sines
@@ -117,7 +73,7 @@ class LinkedContext:
                 its = (angles.cos(), angles.sin())  # [spans, 1, 1, half]
             count = len(range(*group.layers.indices(architecture.layers)))
             self._angles += [its] * count
-        self._blocks: dict[int | None, list[_Block]] = {}
+        self._blocks: dict[int | None, list[Block]] = {}
 
     @property
     def stop(self) -> int:
@@ -135,11 +91,20 @@ class LinkedContext:
         """:func:`run_together` for this context alone; logits ``[vocab]``."""
         return run_together(model, [Tokens(self, token_ids, positions)], links)[0]
 
+    def replace(self, positions: Sequence[int]) -> None:
+        """Hide what spans hold at these positions: those tokens are computed anew."""
+        self._visibility.hide(positions)
+
+    def forget(self) -> None:
+        """Forget all tokens but the spans'."""
+        self.positions = []
+        self.own.set_length(0)
+
     def expect(self, positions: Sequence[int]) -> None:
         """Prepare for new tokens at these positions: who sees what."""
         self.positions += positions
         self._blocks = {
-            window: list(self._plan(list(positions), window))
+            window: list(self._visibility.blocks(positions, self.positions, window))
             for window in set(self.architecture.windows)
         }
 
@@ -154,18 +119,6 @@ class LinkedContext:
         cache.value_buffer.index_copy_(3, where, own.value_buffer[:, :, :, :used])
         cache.set_length(self.stop)
         return cache
-
-    def _plan(self, positions: list[int], window: int | None) -> Iterator[_Block]:
-        """Who sees what in layers with this window."""
-        dtype = self.architecture.dtype
-        for queries in _cut(positions):
-            at = positions[queries]
-            seen = []
-            for index, span in enumerate(self.spans):
-                if _sees_some(at, span.start, span.stop, window):
-                    keys = range(span.start, span.stop)
-                    seen.append((index, _bias(at, keys, window, dtype)))
-            yield _Block(queries, seen, _bias(at, self.positions, window, dtype))
 
     def attend(
         self,
@@ -202,7 +155,7 @@ class LinkedContext:
         self,
         rows: torch.Tensor,
         layer: int,
-        block: _Block,
+        block: Block,
         own_keys: torch.Tensor,
         own_values: torch.Tensor,
     ) -> torch.Tensor:
@@ -225,13 +178,17 @@ class LinkedContext:
         weights = self._scratch.tensor("weights", shape, rows.dtype)
         torch.softmax(scores, -1, out=weights)
         parts = torch.split_with_sizes(weights, lengths, 2)
+        if self.paid is not None:
+            for (index, _), weight in zip(block.seen, parts, strict=False):  # not the prompt's own
+                span = self.spans[index]
+                self.paid[layer, span.start : span.stop] += weight.sum((0, 1), dtype=torch.float32)
         mixed = rows.new_empty(len(keys), *rows.shape[:2], own_values.shape[2])
         for weight, value, out in zip(parts, values, mixed, strict=True):
             few = value is own_values or value.shape[1] <= FEW_TOKENS
             _multiply(weight, value, out, few)
         return mixed.sum(0, dtype=torch.float32)
 
-    def _turned(self, rows: torch.Tensor, layer: int, block: _Block) -> torch.Tensor:
+    def _turned(self, rows: torch.Tensor, layer: int, block: Block) -> torch.Tensor:
         """Queries as they meet each span that is seen, ``[spans, kv_heads, rows, head_dim]``."""
         angles, count = self._angles[layer], len(block.seen)
         if angles is None or not count:
@@ -250,35 +207,6 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, few: bool) ->
         out.copy_(torch.bmm(a.float(), b.float()))
     else:  # caches may be kept in a smaller type than the model computes in
         torch.bmm(a, b.to(a.dtype), out=out)
-
-
-def _cut(positions: Sequence[int]) -> Iterator[slice]:
-    """Blocks of queries; link tokens of different slots apart, since the first see few chunks."""
-    start = 0
-    for stop in range(1, len(positions) + 1):
-        last = stop == len(positions)
-        gap = not last and positions[stop] != positions[stop - 1] + 1
-        if last or stop - start == BLOCK_QUERIES or (gap and stop - start >= LEAST_QUERIES):
-            yield slice(start, stop)
-            start = stop
-
-
-def _sees_some(at: Sequence[int], start: int, stop: int, window: int | None) -> bool:
-    """Whether one of the positions ``at`` (increasing) sees one of ``start ... stop - 1``."""
-    return start <= at[-1] and (window is None or at[0] - (stop - 1) < window)
-
-
-def _bias(
-    at: Sequence[int], keys: Sequence[int], window: int | None, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """``[queries, keys]``: 0 where a position sees another, else -inf; None if each sees all."""
-    if keys[-1] <= at[0] and (window is None or at[-1] - keys[0] < window):
-        return None
-    distance = torch.tensor(at)[:, None] - torch.tensor(keys)[None]
-    seen = distance >= 0
-    if window is not None:
-        seen &= distance < window
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,6 +253,28 @@ def run_together(
         )
     logits: torch.Tensor = out.logits[0].float()
     return logits
+
+
+def paid_together(model: PreTrainedModel, parts: Sequence[Tokens]) -> list[torch.Tensor]:
+    """How much attention tokens behind all spans pay to what the spans hold.
+
+    They are run as :func:`run_together` does, and forgotten again.
+
+    Returns:
+        for each context softmax weights, summed over the tokens and heads, ``[layers, positions]``
+        float32.
+    """
+    contexts = [part.context for part in parts]
+    paid = [torch.zeros(its.architecture.layers, its.stop) for its in contexts]
+    try:
+        for context, amounts in zip(contexts, paid, strict=True):
+            context.paid = amounts
+        run_together(model, parts)
+    finally:
+        for context in contexts:
+            context.paid = None
+            context.forget()
+    return paid
 
 
 @torch.inference_mode()

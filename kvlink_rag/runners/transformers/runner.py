@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlink_rag.adapters.adapter import Adapter
-from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.errors import InputError
-from kvlink_rag.prompt.segments import Segment, Strategy
-from kvlink_rag.runners.base import Abilities, Encoded, Job, Prefilled
+from kvlink_rag.prompt.segments import Strategy
+from kvlink_rag.runners.base import Abilities, Encoded, Job
 from kvlink_rag.runners.transformers.architecture import Architecture, inspect_model
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.encode import Encoder
-from kvlink_rag.runners.transformers.forward import run_at, run_behind
 from kvlink_rag.runners.transformers.generation import TransformersGeneration
 from kvlink_rag.runners.transformers.identity import adapter_state
-from kvlink_rag.runners.transformers.in_place import (
-    LinkedContext,
-    Span,
-    Tokens,
-    run_together,
-    serves,
-)
+from kvlink_rag.runners.transformers.in_place import LinkedContext, serves
 from kvlink_rag.runners.transformers.load import Source, load
 from kvlink_rag.runners.transformers.model_lock import lock_of
-from kvlink_rag.runners.transformers.relevance import attention_paid
+from kvlink_rag.runners.transformers.reading import (
+    Readers,
+    computed_anew,
+    read_copied,
+    read_in_place,
+)
 from kvlink_rag.runners.transformers.sampling import stop_ids
 from kvlink_rag.runners.transformers.scratch import Scratch
-from kvlink_rag.runners.transformers.state import PromptState
+from kvlink_rag.runners.transformers.visibility import Span
 
 BATCH_TOKENS = {"cpu": 1536}
 """Padded tokens in one forward pass while indexing; other devices than these take 16,384."""
@@ -56,7 +52,7 @@ class TransformersRunner:
         reader: what link tokens, question and answer run through: the model, or its twin with the
             LoRA of a cache-preserving adapter, which shares its weights.
         architecture: the model's sizes and identity.
-        in_place: whether `reuse` and `link` attend to chunk caches where they lie, instead of
+        in_place: whether prompts attend to chunk caches where they lie, instead of
             copying them into one; on where model and device allow it.
         batch_tokens: padded tokens in one forward pass of :meth:`encode`.
         lock: hold it to run model or reader oneself.
@@ -142,12 +138,12 @@ class TransformersRunner:
     def abilities(self) -> Abilities:
         """Everything, but where the model's attention takes no mask."""
         strategies: set[Strategy] = {"full", "reuse"}
-        if self.architecture.maskable:
+        if self.architecture.maskable or self.in_place:
             strategies.add("recompute")
         links = self.adapter.links if self.adapter else None
         if links is not None and (self.architecture.maskable or links.layout == "tail"):
             strategies.add("link")
-        in_place: set[Strategy] = {"reuse", "link"} if self.in_place else set()
+        in_place: set[Strategy] = {"reuse", "link", "recompute"} if self.in_place else set()
         return Abilities(frozenset(strategies), together=frozenset(in_place & strategies))
 
     def check_unchanged(self) -> None:
@@ -183,16 +179,16 @@ class TransformersRunner:
         contexts = [self._context(job) for job in jobs]
         link_s = time.perf_counter() - start if any(job.records for job in jobs) else 0.0
         linked = [context for context in contexts if isinstance(context, LinkedContext)]
+        copied = [context for context in contexts if isinstance(context, ContextCache)]
+        links = self.adapter.links if self.adapter and jobs[0].strategy == "link" else None
+        readers = Readers(self.architecture, self.model, self.reader, links)
         with self.lock:
-            if len(jobs) > 1 and len(linked) == len(jobs):
-                prefilled = self._together(jobs, linked)
+            if linked:
+                prefilled = read_in_place(jobs, linked, readers)
             else:
-                prefilled = [self._alone(job, its) for job, its in zip(jobs, contexts, strict=True)]
+                each = zip(jobs, copied, strict=True)
+                prefilled = [read_copied(job, context, readers) for job, context in each]
         return TransformersGeneration(jobs, prefilled, link_s, self.lock)
-
-    def _links(self, job: Job) -> LinkTokens | None:
-        """The link tokens that are part of a job's prompt."""
-        return self.adapter.links if self.adapter and job.strategy == "link" else None
 
     def _context(self, job: Job) -> ContextCache | LinkedContext:
         """Prefix and chunks in their places; those of link tokens are left to the forward pass."""
@@ -204,123 +200,12 @@ class TransformersRunner:
             for segment, record in zip(prompt.cached, job.records, strict=True)
             if record is not None
         ]
-        if self.in_place and job.strategy in ("reuse", "link"):
-            own = self.encoder.new_cache(prompt.room - sum(s.stop - s.start for s in spans))
+        if self.in_place:
+            stored = sum(span.stop - span.start for span in spans)
+            own = self.encoder.new_cache(prompt.room - stored + computed_anew(job))
             return LinkedContext(self.architecture, spans, own, self._scratch)
         cache = self.encoder.new_cache(prompt.room)
         for span in spans:
             cache.place(span.record, span.start, self.architecture.groups)
         cache.set_length(prompt.segments[-1].start)
         return cache
-
-    def _together(self, jobs: Sequence[Job], contexts: Sequence[LinkedContext]) -> list[Prefilled]:
-        """All prompts in one forward pass."""
-        parts = []
-        for job, context in zip(jobs, contexts, strict=True):
-            places = job.prompt.computed
-            parts.append(Tokens(context, [job.prompt.token_ids[p] for p in places], places))
-        links = self._links(jobs[0])
-        logits = run_together(self.reader, parts, links)
-        return [
-            Prefilled(
-                job.prompt.segments,
-                len(part.positions),
-                its,
-                PromptState(part.context, self.reader, links, fast=True),
-            )
-            for job, part, its in zip(jobs, parts, logits, strict=True)
-        ]
-
-    def _alone(self, job: Job, context: ContextCache | LinkedContext) -> Prefilled:
-        """One prompt: the tokens of its context that see everything, then all behind it."""
-        segments, computed = job.prompt.segments, 0
-        if job.strategy == "recompute" and job.recompute_by == "question":
-            assert isinstance(context, ContextCache)  # as `recompute` has it
-            segments, computed = self._most_attended(job, context)
-        links, fast = self._links(job), job.strategy != "full"
-        anew, rest = _active_positions(segments, job.strategy)
-        logits = self._forward(context, job.prompt.token_ids, anew, rest, links, fast)
-        state = PromptState(context, self.reader, links, fast)
-        return Prefilled(segments, computed + len(anew) + len(rest), logits, state)
-
-    def _most_attended(self, job: Job, cache: ContextCache) -> tuple[list[Segment], int]:
-        """The segments, with those tokens of chunks in full view that the question attends to most.
-
-        Args:
-            cache: the linked context, up to the question.
-
-        Returns:
-            also how many tokens ran through the model to find them.
-        """
-        segments = job.prompt.segments
-        chunks = [segment for segment in segments if segment.kind == "chunk"]
-        places = [place for s in chunks for place in range(s.start, s.stop)]
-        budget, computed = min(job.recompute * len(chunks), len(places)), 0
-        chosen = set(places[:budget])
-        if 0 < budget < len(places):  # else none or all, and nothing to measure
-            question = job.prompt.token_ids[segments[-1].start :]
-            paid = attention_paid(self.reader, cache, question)[places]
-            computed = len(question)
-            chosen = {places[i] for i in paid.topk(budget).indices.tolist()}
-        found = [
-            replace(s, full_view=tuple(i for i in range(s.stop - s.start) if s.start + i in chosen))
-            if s.kind == "chunk"
-            else s
-            for s in segments
-        ]
-        return found, computed
-
-    def _forward(
-        self,
-        context: ContextCache | LinkedContext,
-        token_ids: list[int],
-        anew: list[int],
-        rest: list[int],
-        links: LinkTokens | None,
-        fast: bool,
-    ) -> torch.Tensor:
-        """Logits of the prompt's last token: context tokens by the model, the rest by the reader.
-
-        Args:
-            anew: positions in prefix and chunks that are to be computed.
-            rest: positions of link tokens and question, computed after all of the context.
-            fast: as :func:`kvlink_rag.runners.transformers.forward.run_behind`.
-        """
-        if isinstance(context, LinkedContext):
-            return context.run(self.reader, [token_ids[place] for place in rest], rest, links)
-        if self.reader is self.model:
-            anew, rest = [], [*anew, *rest]
-        if anew:
-            self._run(self.model, context, token_ids, anew, None, fast)
-        return self._run(self.reader, context, token_ids, rest, links, fast)
-
-    def _run(
-        self,
-        model: PreTrainedModel,
-        cache: ContextCache,
-        token_ids: list[int],
-        places: list[int],
-        links: LinkTokens | None,
-        fast: bool,
-    ) -> torch.Tensor:
-        """Run the tokens at ``places``, each seeing everything before it."""
-        ids = [token_ids[place] for place in places]
-        if places[-1] - places[0] + 1 == len(places):
-            cache.set_length(places[0])
-            return run_behind(model, cache, ids, links, fast=fast)
-        return run_at(model, self.architecture, cache, ids, places, links)
-
-
-def _active_positions(
-    segments: Sequence[Segment], strategy: Strategy
-) -> tuple[list[int], list[int]]:
-    """Positions that run through a model: context that is to see everything, and the rest."""
-    context: list[int] = []
-    rest: list[int] = []
-    for segment in segments:
-        places = [segment.start + offset for offset in segment.full_view]
-        if segment.kind in ("link", "question"):
-            rest += places
-        elif segment.kind == "chunk" or strategy == "full":
-            context += places
-    return context, rest

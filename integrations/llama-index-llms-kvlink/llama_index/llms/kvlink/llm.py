@@ -77,11 +77,10 @@ class KVLinkLLM(EngineHolder, CustomLLM):
     strategy: str | None = Field(
         default=None, description="reuse, recompute, full or link; None is the engine's."
     )
-    recompute_by: str | None = Field(
-        default=None,
-        description="Which tokens of chunks recompute computes anew: first or question.",
+    recompute: float | None = Field(
+        default=None, description="Share of the chunks' tokens that recompute computes anew."
     )
-    recompute_tokens: int | None = Field(default=None, description="How many of each chunk.")
+    recompute_by: str | None = Field(default=None, description="Which: by question, or the first.")
     additional_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of KVLinkEngine.answer."
     )
@@ -264,8 +263,8 @@ class KVLinkLLM(EngineHolder, CustomLLM):
             "stop": self.stop,
             "seed": self.seed,
             "strategy": self.strategy,
+            "recompute": self.recompute,
             "recompute_by": self.recompute_by,
-            "recompute_tokens": self.recompute_tokens,
             **self.additional_kwargs,
             **{name: value for name, value in kwargs.items() if value is not None},
         }
