@@ -86,11 +86,13 @@ def context_key(row: Row, engine: KVLinkEngine) -> str:
     """Equal for rows that have the same in front of the question, and the same question.
 
     That is so for `full` with the bare model and all cache-preserving adapters, which leave the
-    context to it. Link tokens are read by the adapter, so `link` shares with no other row.
+    context to it. Link tokens are read by the adapter, and so is the question that chooses what is
+    computed anew: such rows share with no other.
     """
+    by_reader = row.strategy == "link" or (row.anew is not None and row.recompute_by == "question")
     return digest_of(
         {
-            "row": row.name if row.strategy == "link" else None,
+            "row": row.name if by_reader else None,
             "model": engine.fingerprint,
             "strategy": row.strategy,
             "behind": engine.behind if row.strategy in ("reuse", "recompute") else None,

@@ -186,7 +186,7 @@ def make_adapter(
     """The adapter of a model in training, in the base model's number type."""
     from peft import get_peft_model_state_dict
 
-    dtype = engine.architecture.dtype
+    dtype = engine.architecture.cache_dtype
     lora, weights = None, {}
     if settings.rank:
         lora = {**lora_config(settings), **_resolved(model)}  # type: ignore[dict-item]

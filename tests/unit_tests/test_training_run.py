@@ -391,7 +391,9 @@ def test_a_bfloat16_model_trains(data, tmp_path):
     torch.manual_seed(0)
     half = hf.AutoModelForCausalLM.from_config(tiny.CONFIGS["llama"]()).bfloat16()
     folder = save(tmp_path / "model", half)
-    adapter = train(settings(folder, data, steps=12, distill=0.1), tmp_path / "adapter")
+    adapter = train(
+        settings(folder, data, steps=12, distill=0.1, dtype="bfloat16"), tmp_path / "adapter"
+    )
     found = losses(tmp_path / "adapter")
     assert all(map(math.isfinite, found))
     assert sum(found[-3:]) < 0.8 * sum(found[:3])

@@ -68,10 +68,10 @@ def read_in_place(
     for context, places in zip(contexts, anew, strict=True):
         context.replace(places)
     logits = torch.empty(0)
-    for model, links, places in readers.steps(anew, rest):
+    for model, links, each in readers.steps(anew, rest):
         parts = [
             Tokens(context, [job.prompt.token_ids[place] for place in its], its)
-            for job, context, its in zip(jobs, contexts, places, strict=True)
+            for job, context, its in zip(jobs, contexts, each, strict=True)
             if its
         ]
         if parts:  # every prompt has its question in the last one
@@ -118,9 +118,9 @@ def read_copied(job: Job, context: ContextCache, readers: Readers) -> Prefilled:
     anew, rest = _active(segments, job.strategy)
     logits = torch.empty(0)
     for model, links, (places,) in readers.steps([anew], [rest]):
-        ids = [job.prompt.token_ids[place] for place in places]
         if not places:
             continue
+        ids = [job.prompt.token_ids[place] for place in places]
         if places[-1] - places[0] + 1 == len(places):
             context.set_length(places[0])
             logits = run_behind(model, context, ids, links, fast=fast)
