@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -12,7 +12,9 @@ from tiny_adapters import LAYOUTS, adapter
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvlink_rag import Chunk, KVLinkEngine
-from kvlink_rag.runners.transformers import visibility
+from kvlink_rag.prompt.segments import RecomputeBy
+from kvlink_rag.runners.transformers import in_place, visibility
+from kvlink_rag.runners.transformers import positions as at_positions
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.in_place import LinkedContext
 
@@ -41,6 +43,7 @@ def engines(name: str, **options: Any) -> tuple[KVLinkEngine, KVLinkEngine]:
 def test_logits_and_answers_are_those_of_copied_caches(
     name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(in_place, "MANY_QUERIES", 10**6)
     monkeypatch.setattr(visibility, "BLOCK_QUERIES", block)
     one, other = engines(name)
     for chunks in (CHUNKS, CHUNKS[::-1], CHUNKS[:1], [CHUNKS[2]] * 3, []):
@@ -59,6 +62,7 @@ def test_logits_and_answers_are_those_of_copied_caches(
 def test_linked_answers_are_those_of_copied_caches(
     name: str, layout: Any, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(in_place, "MANY_QUERIES", 10**6)
     monkeypatch.setattr(visibility, "LEAST_QUERIES", least)
     one, other = (e.with_adapter(adapter(name, layout=layout)) for e in engines(name))
     other.runner.in_place = False
@@ -129,13 +133,13 @@ def test_own_memory_is_that_of_question_and_answer() -> None:
 @pytest.mark.parametrize("window", [None, 4])
 def test_who_sees_whom(window: int | None) -> None:
     at, keys = [3, 5, 9], range(2, 8)
-    bias = visibility._bias(at, keys, window, torch.float32)
+    bias = visibility.bias_of(at, keys, window, torch.float32)
     assert bias is not None
     for query, row in zip(at, bias, strict=True):
         for key, value in zip(keys, row, strict=True):
             sees = key <= query and (window is None or query - key < window)
             assert float(value) == (0 if sees else float("-inf"))
-    assert visibility._bias([7, 8], range(5, 8), window, torch.float32) is None
+    assert visibility.bias_of([7, 8], range(5, 8), window, torch.float32) is None
     assert visibility._sees_some([3, 4], 4, 9, window)
     assert not visibility._sees_some([3, 4], 5, 9, window)
     assert visibility._sees_some([9, 30], 2, 6, window) == (window is None)
@@ -166,6 +170,28 @@ def test_a_model_whose_attention_is_another_is_copied_for(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(LinkedContext, "attend", lambda *args: attend(*args) * 1.2)
         assert not tiny.engine("llama").runner.in_place
+
+
+@pytest.mark.matrix(together=1)
+@pytest.mark.parametrize("way", ["reuse", *get_args(RecomputeBy)])
+@pytest.mark.parametrize("name", MODELS)
+def test_many_queries_over_moved_keys_are_one_block_masked_forward_pass(
+    name: str, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_place, "MANY_QUERIES", 1)
+    monkeypatch.setattr(at_positions, "BLOCK_QUERIES", 7)
+    engine = tiny.engine(name)
+    assert engine.runner.in_place
+    options: Any = {"strategy": "recompute", "recompute_by": way, "recompute": 0.3}
+    if way == "reuse":
+        options = {"strategy": way}
+    prefill = engine.prefill(QUESTION, CHUNKS, **options)
+    assert isinstance(prefill.context, LinkedContext)
+    reference = tiny.Reference(prefill)
+    torch.testing.assert_close(prefill.logits, reference.logits(), atol=1e-4, rtol=0)
+    found = engine.answer(QUESTION, CHUNKS, **options, max_new_tokens=10).token_ids
+    monkeypatch.setattr(in_place, "MANY_QUERIES", 10**6)
+    assert engine.answer(QUESTION, CHUNKS, **options, max_new_tokens=10).token_ids == found
 
 
 def test_models_and_devices_it_does_not_serve_copy() -> None:

@@ -98,11 +98,11 @@ class Visibility:
             seen = []
             for index, span in enumerate(self._spans):
                 if index not in self._gone and _sees_some(at, span.start, span.stop, window):
-                    bias = _bias(at, range(span.start, span.stop), window, self._dtype)
+                    bias = bias_of(at, range(span.start, span.stop), window, self._dtype)
                     if (hidden := self._hidden.get(index)) is not None:
                         bias = hidden if bias is None else bias + hidden
                     seen.append((index, bias))
-            yield Block(queries, seen, _bias(at, own, window, self._dtype))
+            yield Block(queries, seen, bias_of(at, own, window, self._dtype))
 
 
 def _cut(positions: Sequence[int]) -> Iterator[slice]:
@@ -121,7 +121,7 @@ def _sees_some(at: Sequence[int], start: int, stop: int, window: int | None) -> 
     return start <= at[-1] and (window is None or at[0] - (stop - 1) < window)
 
 
-def _bias(
+def bias_of(
     at: Sequence[int], keys: Sequence[int], window: int | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """``[queries, keys]``: 0 where a position sees another, else -inf; None if each sees all."""

@@ -1,0 +1,71 @@
+"""Attention of queries at any positions over keys that lie at theirs.
+
+For prompts with many tokens to compute: what it costs to move a layer's keys is little beside the
+products, and those are few and large then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvlink_rag.runners.transformers.visibility import bias_of
+
+BLOCK_QUERIES = 128
+"""Queries that attention is computed for at once."""
+
+
+def attend_at(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: Sequence[int],
+    window: int | None,
+    paid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Grouped-query attention in which a query sees every key up to its own position.
+
+    Args:
+        query: scaled, ``[heads, queries, head_dim]``.
+        keys: ``[kv_heads, positions, head_dim]``; ``values`` alike.
+        positions: of the queries, increasing.
+        window: so many positions at most, its own among them; None is all.
+        paid: to which the weights are added, summed over queries and heads, ``[up to positions]``
+            float32.
+
+    Returns:
+        ``[queries, heads, value_dim]``.
+    """
+    kv_heads, group = len(keys), len(query) // len(keys)
+    mixed = query.new_empty(len(positions), len(query), values.shape[2])
+    result = mixed.view(-1, kv_heads, group, values.shape[2]).permute(1, 2, 0, 3)
+    for start in range(0, len(positions), BLOCK_QUERIES):
+        at = positions[start : start + BLOCK_QUERIES]
+        seen = slice(0 if window is None else max(at[0] - window + 1, 0), at[-1] + 1)
+        first, bias = _hidden(at, seen, window, query.dtype)
+        for head in range(kv_heads):
+            rows = query[head * group : (head + 1) * group, start : start + len(at)].flatten(0, 1)
+            scores = rows @ keys[head, seen].T
+            if bias is not None:
+                scores.view(group, len(at), -1)[..., first:] += bias
+            weights = scores.softmax(-1)
+            if paid is not None:
+                counted = paid[seen]
+                counted += weights.sum(0, dtype=torch.float32)[: len(counted)]
+            out = weights @ values[head, seen]
+            result[head, :, start : start + len(at)] = out.view(group, len(at), -1)
+    return mixed
+
+
+def _hidden(
+    at: Sequence[int], seen: slice, window: int | None, dtype: torch.dtype
+) -> tuple[int, torch.Tensor | None]:
+    """What is added to the scores of queries over the positions ``seen``.
+
+    Returns:
+        the first column that one of them may not see, and from there on 0 or -inf, ``[queries,
+        columns]``; None where each sees all.
+    """
+    first = seen.start if window is not None else min(at[0] + 1, seen.stop - 1)
+    return first - seen.start, bias_of(at, range(first, seen.stop), window, dtype)
