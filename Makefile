@@ -1,5 +1,5 @@
 # make demo       see it work: an index of some articles, and questions with and without reuse
-# make test       lint, types, and the tests that a change should pass (some twelve minutes)
+# make test       lint, types, and the tests that a change should pass (some nine minutes)
 # make test-all   the same with every test there is: the full matrix of architectures, many kills,
 #                 the notebooks, training (half an hour or more)
 # make lint       lint and types
