@@ -115,7 +115,7 @@ def _machine(dtype: torch.dtype) -> str:
     processor = platform.processor()
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        processor = next((f"{x}" for x in lines if x.startswith("model name")), processor)
+        processor = next((x for x in lines if x.startswith("model name")), processor)
         processor += next((x for x in lines if x.startswith("flags")), "")
     digest = hashlib.sha256(processor.encode()).hexdigest()[:16]
     kind = str(dtype).removeprefix("torch.")
