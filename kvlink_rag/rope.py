@@ -72,15 +72,18 @@ def turn(
         out: where to write; the shape that the broadcast gives. May be ``vectors`` itself.
     """
     half = cos.shape[-1]
-    first = vectors[..., :half].to(torch.float32)
-    second = vectors[..., half : 2 * half].to(torch.float32)
-    rotated = first * cos
-    rotated.addcmul_(second, sin, value=-1)
-    other = second * cos
-    other.addcmul_(first, sin)
-    out[..., :half].copy_(rotated)
-    out[..., half : 2 * half].copy_(other)
-    if out.data_ptr() != vectors.data_ptr() and 2 * half < vectors.shape[-1]:
+    first, second = vectors[..., :half], vectors[..., half : 2 * half]
+    to_first, to_second = out[..., :half], out[..., half : 2 * half]
+    aside = out.data_ptr() != vectors.data_ptr()
+    if aside and out.dtype == torch.float32:
+        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+    else:
+        first, second = first.to(torch.float32), second.to(torch.float32)
+        rotated = (first * cos).addcmul_(second, sin, value=-1)
+        to_second.copy_((second * cos).addcmul_(first, sin))
+        to_first.copy_(rotated)
+    if aside and 2 * half < vectors.shape[-1]:
         out[..., 2 * half :].copy_(vectors[..., 2 * half :])
     return out
 

@@ -83,8 +83,7 @@ def open_store(
         return RamTier(tier, ram_bytes) if ram_bytes else tier
     if store is None:
         store = MemoryStore(cache_after=cache_after)
-    if not isinstance(store, KVStore):
-        raise InputError(f"store is a {type(store).__name__}: pass a folder, a KVStore or None")
+    _check_has(store, KVStore, "store", "a folder, a KVStore or None")
     _check_said(store, codec, budget, encryption_key, remote, cache_after)
     return store
 
@@ -123,9 +122,24 @@ def _behind(remote: str | Remote) -> Remote:
         if not URL.match(remote):
             raise InputError(f"remote is {remote!r}: pass a URL such as s3://bucket/folder")
         return open_remote(remote)
-    if not isinstance(remote, Remote):
-        raise InputError(f"remote is a {type(remote).__name__}: pass a URL or a Remote")
+    _check_has(remote, Remote, "remote", "a URL or a Remote")
     return remote
+
+
+def _check_has(given: object, protocol: type, name: str, wanted: str) -> None:
+    """Check that an object has all that a protocol asks for, by whatever way.
+
+    ``isinstance`` looks no further than classes and ``__dict__`` since Python 3.12: an object that
+    hands on what it is asked, by ``__getattr__``, would be refused.
+
+    Raises:
+        InputError: it has not.
+    """
+    members = [member for member in vars(protocol) if not member.startswith("_")]
+    lacking = [member for member in members if not hasattr(given, member)]
+    if lacking:
+        lacks = "" if len(lacking) == len(members) else f" without {', '.join(lacking)}"
+        raise InputError(f"{name} is a {type(given).__name__}{lacks}: pass {wanted}")
 
 
 def _folder_for(url: str) -> Path:

@@ -26,6 +26,7 @@ CHILD = """
 import json, sys, threading
 from pathlib import Path
 from kvlink_rag import Chunk, KVLinkEngine
+from kvlink_rag.runners.transformers import number_type
 
 def status(name):
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -39,7 +40,8 @@ def peak(act):
     act()
     return status("VmHWM") - before
 
-model, store, texts, how = json.loads(sys.stdin.read())
+model, store, texts, how, in_float32 = json.loads(sys.stdin.read())
+number_type.float32_is_faster = lambda dtype: in_float32  # whatever the processor says
 engine = KVLinkEngine.from_pretrained(model, store=store)
 engine.answer("Are you ready?", ["Ready is who has begun."], max_new_tokens=2)
 chunks = [Chunk(text) for text in texts]
@@ -76,29 +78,31 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
     return store, texts
 
 
-def measured(indexed: tuple[str, list[str]], how: str) -> tuple[float, Any]:
+def measured(indexed: tuple[str, list[str]], how: str, in_float32: bool) -> tuple[float, Any]:
     """Peak memory in units of the context's cache, and the misses."""
     store, texts = indexed
     child = subprocess.run(
         [sys.executable, "-c", CHILD],
-        input=json.dumps([DEFAULT_MODEL, store, texts, how]),
+        input=json.dumps([DEFAULT_MODEL, store, texts, how, in_float32]),
         capture_output=True,
         text=True,
         check=False,
     )
     assert child.returncode == 0, child.stderr
     used, nbytes, misses = json.loads(child.stdout.splitlines()[-1])
-    print(f"{how}: {used / 1e6:.0f} MB, {used / nbytes:.2f} times {nbytes / 1e6:.0f} MB")
-    return used / nbytes, misses
+    times = used / nbytes
+    print(f"{how}, {in_float32=}: {used / 1e6:.0f} MB, {times:.2f} times {nbytes / 1e6:.0f} MB")
+    return times, misses
 
 
+@pytest.mark.parametrize("in_float32", [False, True], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("how", "questions", "most"),
     [("one", 1, 1.3), ("threads", QUESTIONS, 2), ("batch", QUESTIONS, 2)],
 )
 def test_caches_are_held_once(
-    indexed: tuple[str, list[str]], how: str, questions: int, most: float
+    indexed: tuple[str, list[str]], how: str, questions: int, most: float, in_float32: bool
 ) -> None:
-    times, misses = measured(indexed, how)
+    times, misses = measured(indexed, how, in_float32)
     assert misses == [0] * questions
     assert 0.9 < times <= most

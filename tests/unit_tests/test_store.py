@@ -399,6 +399,35 @@ class TestOpenStore:
             assert way in str(error.value)
         assert not (tmp_path / "kv").exists()
 
+    def test_a_store_that_hands_on_what_it_is_asked(self) -> None:
+        class Counted:
+            def __init__(self) -> None:
+                self.store, self.got = MemoryStore(), 0
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(self.store, name)
+
+            def get(self, key: str, within_s: float | None = None) -> ChunkKV | None:
+                self.got += 1
+                return self.store.get(key, within_s)
+
+        counted = Counted()
+        store = open_store(counted)  # type: ignore[arg-type]
+        assert store is counted
+        assert store.get(ABSENT) is None
+        assert counted.got == 1
+
+    def test_what_a_store_lacks_is_named(self) -> None:
+        class Half:
+            codec, cache_after, close, get, has, prune, put, references = (None,) * 8
+
+        with pytest.raises(InputError) as refused:
+            open_store(Half())  # type: ignore[arg-type]
+        assert str(refused.value) == (
+            "store is a Half without refer, release, count_misses, stat, verify: "
+            "pass a folder, a KVStore or None"
+        )
+
 
 class TestCacheAfter:
     def test_every_kind_of_store_has_it(self, tmp_path: Path) -> None:

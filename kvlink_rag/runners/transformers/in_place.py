@@ -199,7 +199,8 @@ class LinkedContext:
             for (index, _), weight in zip(block.seen, parts, strict=False):  # not the prompt's own
                 span = self.spans[index]
                 self.paid[layer, span.start : span.stop] += weight.sum((0, 1), dtype=torch.float32)
-        mixed = rows.new_empty(len(keys), *rows.shape[:2], own_values.shape[2])
+        shape = (len(keys), *rows.shape[:2], own_values.shape[2])
+        mixed = self._scratch.tensor("mixed", shape, rows.dtype)
         for weight, value, out in zip(parts, values, mixed, strict=True):
             few = value is own_values or value.shape[1] <= FEW_TOKENS
             _multiply(weight, value, out, few)
@@ -243,7 +244,8 @@ class LinkedContext:
         if angles is None or not count:
             return rows.expand(count, *rows.shape)
         cos, sin = (each[block.indices] for each in angles)
-        return turn(rows, cos, sin, rows.new_empty(count, *rows.shape))
+        out = self._scratch.tensor("turned", (count, *rows.shape), rows.dtype)
+        return turn(rows, cos, sin, out)
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, few: bool) -> None:

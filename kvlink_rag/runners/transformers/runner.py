@@ -27,7 +27,7 @@ from kvlink_rag.runners.transformers.reading import (
     read_in_place,
 )
 from kvlink_rag.runners.transformers.sampling import stop_ids
-from kvlink_rag.runners.transformers.scratch import Scratch
+from kvlink_rag.runners.transformers.scratch import Scratch, give_back
 from kvlink_rag.runners.transformers.visibility import Span
 
 BATCH_TOKENS = {"cpu": 1536}
@@ -188,6 +188,7 @@ class TransformersRunner:
             else:
                 each = zip(jobs, copied, strict=True)
                 prefilled = [read_copied(job, context, readers) for job, context in each]
+        give_back()
         return TransformersGeneration(jobs, prefilled, link_s, self.lock)
 
     def _context(self, job: Job) -> ContextCache | LinkedContext:

@@ -1,8 +1,12 @@
-"""Memory that attention computes in."""
+"""Memory that is computed in."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
+from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -29,3 +33,19 @@ class Scratch:
             if memory.nbytes <= KEPT:
                 self._memory[name] = memory
         return memory[:count].view(shape)
+
+
+def give_back() -> None:
+    """Give memory that was freed, in whichever thread, back to the system.
+
+    GNU's allocator keeps what a thread has freed in that thread's heap, up to 64 MB of it: after
+    sixteen threads had read a question each, over the same caches of 86 MB, it held 18 MB of
+    nothing. It takes some microseconds, and up to 30 ms where 2 GB are in small pieces.
+    """
+    _way_back()()
+
+
+@cache
+def _way_back() -> Callable[[], object]:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return (lambda: trim(0)) if trim else lambda: None  # other allocators have their own ways
