@@ -14,7 +14,7 @@ import torch
 from kvlink_rag import InputError, KVLinkEngine, UnsupportedModelError
 from kvlink_rag.engine.prefill import Prefill
 from kvlink_rag.runners.transformers.in_place import Tokens, paid_together
-from kvlink_rag.runners.transformers.relevance import attention_paid
+from kvlink_rag.runners.transformers.relevance import attention_paid, measured
 
 TEXTS = [
     "A chunk that is a good deal longer than any of the sliding windows of these models are.",
@@ -55,8 +55,9 @@ def paid_in_reference(name: str, reuse: Prefill, reference: tiny.Reference) -> t
     def add(_module, _args, output) -> None:
         paid.add_(output[1][0][:, rows][:, :, columns].sum((0, 1)))
 
-    for layer in reference.model.model.layers:
-        layer.self_attn.register_forward_hook(add)
+    layers = reference.model.model.layers
+    for layer in measured(len(layers)):
+        layers[layer].self_attn.register_forward_hook(add)
     reference.logits()
     return paid
 
@@ -82,7 +83,7 @@ class TestMeasurement:
         paid = attention_paid(one.model, reuse.cache, question)
         expected = paid_in_reference(name, reuse, tiny.Reference(reuse))
         torch.testing.assert_close(paid, expected, atol=TOLERANCE, rtol=1e-4)
-        heads, layers = one.model.config.num_attention_heads, one.model.config.num_hidden_layers
+        heads, layers = one.model.config.num_attention_heads, 2  # of 4
         # what is missing went to the question's own tokens
         assert 0 < float(paid.sum()) < heads * layers * len(question)
         assert reuse.cache.get_seq_length() == start
@@ -99,24 +100,47 @@ class TestMeasurement:
         context.forget()
         (paid,) = paid_together(one.model, [Tokens(context, question, places)])
         expected = paid_in_reference(name, reuse, tiny.Reference(reuse))
-        torch.testing.assert_close(paid.sum(0), expected, atol=TOLERANCE, rtol=1e-4)
+        torch.testing.assert_close(paid, expected, atol=TOLERANCE, rtol=1e-4)
         # and nothing of it is left
         logits = context.run(one.model, question, places)
         torch.testing.assert_close(logits, reuse.logits, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("name", tiny.CONFIGS)
-    def test_the_most_attended_tokens_of_all_chunks_are_chosen(self, name):
+    def test_the_most_attended_tokens_behind_the_first_chunk_are_chosen(self, name):
         one = tiny.engine(name)
         reuse = one.prefill(QUESTION, TEXTS)
         guided = one.prefill(QUESTION, TEXTS, **GUIDED)
         assert guided.token_ids == reuse.token_ids
         paid = paid_in_reference(name, reuse, tiny.Reference(reuse))
         found = chosen(guided)
-        places = range(reuse.segments[1].start, reuse.segments[-1].start)
-        assert len(found) == round(0.125 * len(places)) == 25
+        first, second = reuse.segments[1:3]
+        assert len(found) == round(0.125 * (reuse.segments[-1].start - first.start)) == 25
+        # the first chunk's cache has seen all that stands before it
+        places = range(second.start, reuse.segments[-1].start)
         others = [place for place in places if place not in found]
         assert paid[found].min() > paid[others].max() - TOLERANCE
         assert found != chosen(one.prefill(QUESTION, TEXTS, **GUIDED | {"recompute_by": "first"}))
+
+    @pytest.mark.parametrize("name", ["llama", "mistral", "phi"])
+    def test_a_single_chunk_is_complete(self, name):
+        one = tiny.engine(name)
+        guided = one.prefill(QUESTION, TEXTS[:1], **GUIDED)
+        assert chosen(guided) == []
+        question = guided.segments[-1]
+        again = one.prefill(QUESTION, TEXTS[:1], **GUIDED)
+        assert again.report.computed_tokens == question.stop - question.start
+        full = one.prefill(QUESTION, TEXTS[:1], strategy="full")
+        torch.testing.assert_close(again.logits, full.logits, atol=TOLERANCE, rtol=0)
+
+    def test_behind_another_system_prompt_it_is_not(self):
+        one = tiny.engine()
+        guided = one.prefill(QUESTION, TEXTS[:1], system="Be brief.", **GUIDED)
+        chunk = guided.segments[1]
+        assert len(chosen(guided)) == round(0.125 * (chunk.stop - chunk.start)) > 0
+        whole = {**GUIDED, "recompute": 1.0, "system": "Be brief."}
+        all_anew = one.prefill(QUESTION, TEXTS[:1], **whole)
+        full = one.prefill(QUESTION, TEXTS[:1], strategy="full", system="Be brief.")
+        torch.testing.assert_close(all_anew.logits, full.logits, atol=TOLERANCE, rtol=0)
 
     @pytest.mark.parametrize("name", ["llama", "gemma3", "smollm3"])
     def test_sdpa_and_eager_choose_the_same(self, name):
@@ -126,6 +150,21 @@ class TestMeasurement:
         ]
         assert chosen(found[0]) == chosen(found[1])
         torch.testing.assert_close(found[0].logits, found[1].logits, atol=TOLERANCE, rtol=0)
+
+    @pytest.mark.parametrize("in_place", [True, False])
+    def test_layers_that_are_not_measured_are_not_run(self, in_place):
+        one = tiny.engine()
+        one.runner.in_place = in_place
+        runs = [0] * 4
+        for layer, block in enumerate(one.model.get_decoder().layers):
+            block.register_forward_hook(
+                lambda *_, layer=layer: runs.__setitem__(layer, runs[layer] + 1)
+            )
+        one.prefill(QUESTION, TEXTS, strategy="reuse")
+        before = list(runs)
+        one.prefill(QUESTION, TEXTS, **GUIDED)
+        # once to choose, where it ends within the third layer, and once over what was chosen
+        assert [now - then for now, then in zip(runs, before, strict=True)] == [2, 2, 1, 1]
 
     def test_the_models_attention_is_given_back(self, monkeypatch):
         one = tiny.engine()
@@ -145,9 +184,9 @@ class TestMeasurement:
 
     def test_a_layer_without_weights_is_an_error(self):
         one = engine("llama", "eager")
-        layer = one.model.get_decoder().layers[2]
+        layer = one.model.get_decoder().layers[1]
         layer.self_attn.register_forward_hook(lambda module, args, output: (output[0], None))
-        with pytest.raises(UnsupportedModelError, match=r"3 of 4 layers.*'first'"):
+        with pytest.raises(UnsupportedModelError, match=r"1 of the layers 1 to 2.*'first'"):
             one.prefill(QUESTION, TEXTS, **GUIDED)
 
 

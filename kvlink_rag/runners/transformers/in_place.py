@@ -10,7 +10,7 @@ at their positions, and what they replace is not seen any more where it lies.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -22,19 +22,17 @@ from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.rope import turn
 from kvlink_rag.runners.transformers.architecture import Architecture
-from kvlink_rag.runners.transformers.attention import is_plain, use_attention
+from kvlink_rag.runners.transformers.attention import FEW_TOKENS, is_plain, multiply, use_attention
 from kvlink_rag.runners.transformers.context import ContextCache, new_cache
 from kvlink_rag.runners.transformers.forward import inputs
 from kvlink_rag.runners.transformers.positions import attend_at
+from kvlink_rag.runners.transformers.relevance import Measured, measured
 from kvlink_rag.runners.transformers.scratch import Scratch
 from kvlink_rag.runners.transformers.visibility import Block, Span, Visibility
 
 NAME = "kvlink_in_place"
 MANY_QUERIES = 64
 """From so many new tokens on it is faster to move a layer's keys than the queries."""
-FEW_ROWS, FEW_TOKENS = 12, 256
-"""Up to these sizes a half-precision matrix product costs less in float32: for half precision a
-kernel of 0.7 MB is made for every size that a process meets, in 0.5 ms and more."""
 
 
 class LinkedContext:
@@ -49,7 +47,7 @@ class LinkedContext:
     Attributes:
         positions: of the tokens in ``own``.
         paid: where the attention to each position of the spans is counted, ``[layers, positions]``
-            float32, while somebody asks for it.
+            float32 for the first layers, while somebody asks for it.
     """
 
     def __init__(
@@ -148,7 +146,7 @@ class LinkedContext:
             keys, values = self._moved(layer, own_keys, own_values)
             new, window = self.positions[-queries:], self.architecture.windows[layer]
             paid = None if self.paid is None else self.paid[layer]
-            return attend_at(query[0] * scale, keys, values, new, window, paid)
+            return attend_at(query[0] * scale, keys, values, new, window, self._scratch, paid)
         kv_heads = own_keys.shape[0]
         folded = (query[0] * scale).reshape(kv_heads, heads // kv_heads, queries, dim)
         mixed = query.new_empty(queries, heads, own_values.shape[2])
@@ -187,7 +185,7 @@ class LinkedContext:
         turned = [*self._turned(rows, layer, block), rows]
         parts = torch.split_with_sizes(scores, lengths, 2)
         for its, key, bias, out in zip(turned, keys, biases, parts, strict=True):
-            _multiply(
+            multiply(
                 its, key.transpose(1, 2), out, few=key is own_keys or key.shape[1] <= FEW_TOKENS
             )
             if bias is not None:  # the same for all query heads
@@ -203,7 +201,7 @@ class LinkedContext:
         mixed = self._scratch.tensor("mixed", shape, rows.dtype)
         for weight, value, out in zip(parts, values, mixed, strict=True):
             few = value is own_values or value.shape[1] <= FEW_TOKENS
-            _multiply(weight, value, out, few)
+            multiply(weight, value, out, few)
         return mixed.sum(0, dtype=torch.float32)
 
     def _moved(
@@ -246,18 +244,6 @@ class LinkedContext:
         cos, sin = (each[block.indices] for each in angles)
         out = self._scratch.tensor("turned", (count, *rows.shape), rows.dtype)
         return turn(rows, cos, sin, out)
-
-
-def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, few: bool) -> None:
-    """Batched ``out = a @ b``.
-
-    Args:
-        few: tokens of which there are few, or another number of each time.
-    """
-    if few and a.shape[1] <= FEW_ROWS:
-        out.copy_(torch.bmm(a.float(), b.float()))
-    else:
-        torch.bmm(a, b, out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,23 +295,26 @@ def run_together(
 def paid_together(model: PreTrainedModel, parts: Sequence[Tokens]) -> list[torch.Tensor]:
     """How much attention tokens behind all spans pay to what the spans hold.
 
-    They are run as :func:`run_together` does, and forgotten again.
+    They are run as :func:`run_together` does, through the layers that are measured, and forgotten
+    again.
 
     Returns:
-        for each context softmax weights, summed over the tokens and heads, ``[layers, positions]``
-        float32.
+        for each context softmax weights, summed over the tokens, the heads and the layers that
+        count (:func:`measured`), ``[positions]`` float32.
     """
     contexts = [part.context for part in parts]
-    paid = [torch.zeros(its.architecture.layers, its.stop) for its in contexts]
+    layers = measured(contexts[0].architecture.layers)
+    paid = [torch.zeros(layers.stop, its.stop) for its in contexts]
     try:
         for context, amounts in zip(contexts, paid, strict=True):
             context.paid = amounts
-        run_together(model, parts)
+        with suppress(Measured):
+            run_together(model, parts)
     finally:
         for context in contexts:
             context.paid = None
             context.forget()
-    return paid
+    return [amounts[layers.start :].sum(0) for amounts in paid]
 
 
 @torch.inference_mode()
@@ -375,6 +364,7 @@ def attend(
 
     Raises:
         UnsupportedModelError: the model's scores are changed on their way.
+        Measured: no context waits for what another layer pays.
     """
     if not is_plain(options):
         raise UnsupportedModelError(f"{type(module).__name__} is no plain attention")
@@ -386,6 +376,9 @@ def attend(
             part.context.attend(layer, query[:, :, mine], key[:, :, mine], value[:, :, mine], scale)
         )
         start = mine.stop
+    counted = [part.context.paid for part in _RUNNING.get()]
+    if all(paid is not None and len(paid) == layer + 1 for paid in counted):
+        raise Measured
     return torch.cat(mixed)[None], None
 
 

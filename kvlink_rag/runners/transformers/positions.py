@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
+from kvlink_rag.runners.transformers.scratch import Scratch
 from kvlink_rag.runners.transformers.visibility import bias_of
 
-BLOCK_QUERIES = 128
-"""Queries that attention is computed for at once."""
+BLOCK_QUERIES = 64
+"""Queries that attention is computed for at once: their scores stay in the processor's cache."""
 
 
 def attend_at(
@@ -22,6 +23,7 @@ def attend_at(
     values: torch.Tensor,
     positions: Sequence[int],
     window: int | None,
+    scratch: Scratch,
     paid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Grouped-query attention in which a query sees every key up to its own position.
@@ -31,6 +33,7 @@ def attend_at(
         keys: ``[kv_heads, positions, head_dim]``; ``values`` alike.
         positions: of the queries, increasing.
         window: so many positions at most, its own among them; None is all.
+        scratch: to compute in.
         paid: to which the weights are added, summed over queries and heads, ``[up to positions]``
             float32.
 
@@ -46,10 +49,13 @@ def attend_at(
         first, bias = _hidden(at, seen, window, query.dtype)
         for head in range(kv_heads):
             rows = query[head * group : (head + 1) * group, start : start + len(at)].flatten(0, 1)
-            scores = rows @ keys[head, seen].T
+            shape = (len(rows), seen.stop - seen.start)
+            scores = scratch.tensor("scores", shape, rows.dtype)
+            torch.mm(rows, keys[head, seen].T, out=scores)
             if bias is not None:
                 scores.view(group, len(at), -1)[..., first:] += bias
-            weights = scores.softmax(-1)
+            weights = scratch.tensor("weights", shape, rows.dtype)
+            torch.softmax(scores, -1, out=weights)
             if paid is not None:
                 counted = paid[seen]
                 counted += weights.sum(0, dtype=torch.float32)[: len(counted)]

@@ -98,9 +98,7 @@ def _chosen_in_place(
     rows = [row for row, job in enumerate(jobs) if _is_open(job)]
     parts = [Tokens(contexts[row], *_question(jobs[row])) for row in rows]
     paid = dict(zip(rows, paid_together(reader, parts), strict=True)) if rows else {}
-    segments = [
-        _in_view(job, paid[row].sum(0) if row in paid else None) for row, job in enumerate(jobs)
-    ]
+    segments = [_in_view(job, paid.get(row)) for row, job in enumerate(jobs)]
     return segments, [len(_question(job)[0]) if row in paid else 0 for row, job in enumerate(jobs)]
 
 
@@ -137,14 +135,28 @@ def computed_anew(job: Job) -> int:
     chunks = [segment for segment in job.prompt.segments if segment.kind == "chunk"]
     if job.recompute_by == "first":
         return sum(len(segment.full_view) for segment in chunks)
-    return tokens_of(job.recompute, sum(s.stop - s.start for s in chunks))
+    wanted = tokens_of(job.recompute, sum(s.stop - s.start for s in chunks))
+    return min(wanted, len(_incomplete(job)))
+
+
+def _incomplete(job: Job) -> list[int]:
+    """Positions of the chunks' tokens whose caches have not seen all that stands before them.
+
+    A first chunk has, if it was encoded behind the prompt's own prefix.
+    """
+    token_ids = job.prompt.token_ids
+    return [
+        place
+        for segment in job.prompt.segments
+        if segment.kind == "chunk" and segment.behind != tuple(token_ids[: segment.start])
+        for place in range(segment.start, segment.stop)
+    ]
 
 
 def _is_open(job: Job) -> bool:
     """Whether it has to be measured which tokens are computed anew: not if it is none, or all."""
-    chunks = [segment for segment in job.prompt.segments if segment.kind == "chunk"]
     by_question = job.strategy == "recompute" and job.recompute_by == "question"
-    return by_question and 0 < computed_anew(job) < sum(s.stop - s.start for s in chunks)
+    return by_question and 0 < computed_anew(job) < len(_incomplete(job))
 
 
 def _question(job: Job) -> tuple[list[int], range]:
@@ -163,7 +175,7 @@ def _in_view(job: Job, paid: torch.Tensor | None) -> list[Segment]:
     segments = job.prompt.segments
     if job.strategy != "recompute" or job.recompute_by != "question":
         return segments
-    places = [p for s in segments if s.kind == "chunk" for p in range(s.start, s.stop)]
+    places = _incomplete(job)
     chosen = set(places[: computed_anew(job)])
     if paid is not None:
         chosen = {places[i] for i in paid[places].topk(len(chosen)).indices.tolist()}

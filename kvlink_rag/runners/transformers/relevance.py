@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,6 +14,21 @@ from kvlink_rag.runners.transformers.attention import use_attention
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.forward import run_behind
 
+MEASURED = (1 / 4, 2 / 3)
+"""Which part of the layers is measured. ProphetKV takes all (arXiv 2602.02579); those in front and
+behind add time, and nothing to the choice (docs/research.md). Single ones are poor at some depths,
+and not at the same ones in each model (CLAA, arXiv 2602.16054)."""
+
+
+class Measured(Exception):
+    """Raised within a forward pass when all has been seen that it was run for."""
+
+
+def measured(layers: int) -> range:
+    """Which of a model's layers are measured."""
+    first, stop = (round(share * layers) for share in MEASURED)
+    return range(first, max(stop, first + 1))
+
 
 @torch.inference_mode()
 def attention_paid(
@@ -22,9 +37,7 @@ def attention_paid(
     """How much attention a question pays to each token of the context in a cache.
 
     The question is run once behind the context; softmax weights are summed over its tokens, the
-    heads and the layers. Over all layers, as ProphetKV does (arXiv 2602.02579): rankings by a
-    single layer are poor at some depths, and not at the same ones in each model (CLAA,
-    arXiv 2602.16054).
+    heads and the layers of :func:`measured`.
 
     Hold the model's lock, and give it an attention that takes a mask.
 
@@ -38,7 +51,7 @@ def attention_paid(
     Raises:
         UnsupportedModelError: a layer of the model does not give its attention weights.
     """
-    context = cache.get_seq_length()
+    context, layers = cache.get_seq_length(), measured(len(model.get_decoder().layers))
     paid = torch.zeros(context, device=cache.key_buffer.device)
     seen = 0
 
@@ -47,26 +60,30 @@ def attention_paid(
         nonlocal seen
         paid.add_(weights[0, :, :, :context].sum((0, 1), dtype=torch.float32))
         seen += 1
+        if seen == len(layers):
+            raise Measured
 
     # The model's own eager attention gives weights, with whatever it has of windows, soft caps and
     # shared heads; they are added up layer by layer, so that one layer's are in memory at a time.
     try:
-        with use_attention(model, "eager"), _watch_weights(model, add):
+        with use_attention(model, "eager"), _watch_weights(model, layers, add), suppress(Measured):
             run_behind(model, cache, token_ids)
     finally:
         cache.set_length(context)
-    layers = len(model.get_decoder().layers)
-    if seen != layers:
+    if seen != len(layers):
         raise UnsupportedModelError(
-            f"{type(model).__name__} gave attention weights in {seen} of {layers} layers, and "
-            "recompute_by='question' needs them: use recompute_by='first'"
+            f"{type(model).__name__} gave attention weights in {seen} of the layers "
+            f"{layers.start} to {layers.stop - 1}, and recompute_by='question' needs them: use "
+            "recompute_by='first'"
         )
     return paid
 
 
 @contextmanager
-def _watch_weights(model: PreTrainedModel, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Show ``see`` the attention weights of each layer as its attention returns them."""
+def _watch_weights(
+    model: PreTrainedModel, layers: range, see: Callable[[torch.Tensor], None]
+) -> Iterator[None]:
+    """Show ``see`` the attention weights of some layers as their attention returns them."""
 
     def hook(_: Any, args: Any, output: Any) -> None:
         if isinstance(output, tuple) and len(output) > 1:
@@ -77,7 +94,7 @@ def _watch_weights(model: PreTrainedModel, see: Callable[[torch.Tensor], None]) 
     # Models name their attention differently; it is that part of a layer which returns weights.
     handles = [
         part.register_forward_hook(hook)
-        for layer in model.get_decoder().layers
+        for layer in model.get_decoder().layers[layers.start : layers.stop]
         for part in layer.children()
     ]
     try:
