@@ -1,4 +1,4 @@
-"""``kvlink demo``: questions answered with chunk reuse and with full prefill, side by side."""
+"""``kvlink demo``: questions answered from chunk caches and by full prefill, side by side."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Result:
     """One question's two answers."""
 
     question: str
-    reuse: Answer
+    cached: Answer
     full: Answer
 
     @property
     def ratio(self) -> float:
-        """How many times sooner the first token came with reuse."""
-        return self.full.report.ttft_s / self.reuse.report.ttft_s
+        """How many times sooner the first token came from caches."""
+        return self.full.report.ttft_s / self.cached.report.ttft_s
 
 
 def run(folder: Path | None = None, dtype: str = "auto") -> None:
@@ -106,13 +106,13 @@ def ask(index: KVIndex, question: str) -> Result:
     """One question, answered twice from the same chunks."""
     # the best chunk last, nearest to the question: a small model answers better so
     chunks = index.search(question, CHUNKS_PER_QUESTION)[::-1]
-    reuse, full = (
+    cached, full = (
         index.engine.answer(
             question, chunks, strategy=strategy, max_new_tokens=MAX_NEW_TOKENS, stop="\n\n"
         )
-        for strategy in ("reuse", "full")
+        for strategy in (None, "full")
     )
-    return Result(question, reuse, full)
+    return Result(question, cached, full)
 
 
 def _load(dtype: str) -> KVLinkEngine:
@@ -151,9 +151,9 @@ def _show(number: int, result: Result) -> Group:
     table.add_column(style="bold", width=6)
     table.add_column(justify="right", width=9, no_wrap=True)
     table.add_column(ratio=1)
-    for name, answer in (("reuse", result.reuse), ("full", result.full)):
+    for name, answer in (("caches", result.cached), ("full", result.full)):
         table.add_row(name, _ms(answer.report.ttft_s), Text(" ".join(answer.text.split())))
-    report = result.reuse.report
+    report = result.cached.report
     cost = (
         f"first token [bold green]{result.ratio:.1f}x sooner[/bold green][dim] · "
         f"{report.hits} hits, {report.misses} misses · prompt {report.context_tokens} tokens, "
@@ -163,13 +163,14 @@ def _show(number: int, result: Result) -> Group:
 
 
 def _summary(results: list[Result]) -> Panel:
-    reuse = median(result.reuse.report.ttft_s for result in results)
+    cached = median(result.cached.report.ttft_s for result in results)
     full = median(result.full.report.ttft_s for result in results)
     ratio = median(result.ratio for result in results)
-    hits = sum(result.reuse.report.hits for result in results)
-    misses = sum(result.reuse.report.misses for result in results)
+    hits = sum(result.cached.report.hits for result in results)
+    misses = sum(result.cached.report.misses for result in results)
     return Panel(
-        f"Median TTFT of {len(results)} questions: [bold]{_ms(reuse)}[/bold] with chunk reuse, "
+        f"Median TTFT of {len(results)} questions: [bold]{_ms(cached)}[/bold] from chunk caches "
+        f"({results[0].cached.report.way}), "
         f"[bold]{_ms(full)}[/bold] with full prefill: "
         f"[bold green]{ratio:.1f}x sooner[/bold green]. {hits} hits, {misses} misses.",
         title="Summary",

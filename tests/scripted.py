@@ -93,8 +93,9 @@ class _Scripted:
 
 
 def engine(runner: ScriptedRunner | None = None, **options: Any) -> KVLinkEngine:
-    """An engine over a scripted runner, with a store in memory unless told otherwise."""
-    return KVLinkEngine(runner or ScriptedRunner(), open_store(tiny.its_store(options)), **options)
+    """An engine over a scripted runner: store in memory, `reuse`, unless told otherwise."""
+    store = open_store(tiny.its_store(options))
+    return KVLinkEngine(runner or ScriptedRunner(), store, **{"strategy": "reuse", **options})
 
 
 def rewrite(

@@ -113,11 +113,12 @@ def model(name: str) -> hf.PreTrainedModel:
 
 
 def engine(name: str = "llama", **options: Any) -> KVLinkEngine:
-    """An engine over a tiny model, with a store in memory unless told otherwise.
+    """An engine over a tiny model: store in memory, `reuse`, unless told otherwise.
 
     Few words around the question, so that short sliding windows reach the chunks.
     """
-    options = {"prompt": PromptTemplate(before="Read:\n", question="{question}"), **options}
+    template = PromptTemplate(before="Read:\n", question="{question}")
+    options = {"prompt": template, "strategy": "reuse", **options}
     store = its_store(options)
     return KVLinkEngine.from_pretrained((model(name), tokenizer()), store=store, **options)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvlink_rag.chunk import ScoredChunk
     from kvlink_rag.engine.report import Report
 
-Strategy = Literal["reuse", "recompute", "full", "link"]
+Strategy = Literal["auto", "reuse", "recompute", "full", "link"]
 RecomputeBy = Literal["first", "question"]
 
 
@@ -26,7 +26,7 @@ def ask(
     k: Annotated[int, typer.Option("-k", help="How many chunks to answer from.")] = 4,
     strategy: Annotated[
         Strategy | None,
-        typer.Option(help="How the chunks get into the model. Default: link with an adapter."),
+        typer.Option(help="How the chunks get into the model. Default: auto."),
     ] = None,
     recompute_by: Annotated[
         RecomputeBy | None,
@@ -76,9 +76,6 @@ def ask(
 
     engine = load_engine(model, adapter, dtype or recorded)
     with KVIndex.open(folder, engine, remote=remote or None, cache_after=cache_after) as opened:
-        loaded = opened.engine.adapter
-        if strategy is None:
-            strategy = "link" if loaded is not None and loaded.links else "reuse"
         chunks = opened.search(question, k)
         answer = opened.engine.stream(
             question,
@@ -108,7 +105,7 @@ def _list_sources(chunks: list[ScoredChunk], report: Report) -> None:
     rate = f" at {1 / report.decode_s_per_token:.1f} tokens/s" if report.new_tokens > 1 else ""
     s = "" if report.new_tokens == 1 else "s"
     console.print(
-        f"{report.strategy}: TTFT {report.ttft_s * 1000:.0f} ms, "
+        f"{report.way}: TTFT {report.ttft_s * 1000:.0f} ms, "
         f"total {report.total_s:.2f} s, {report.new_tokens} token{s}{rate}, "
         f"{report.hits} hits, {report.misses} misses, "
         f"{report.reused_tokens} tokens reused, {report.computed_tokens} computed, "
@@ -116,3 +113,5 @@ def _list_sources(chunks: list[ScoredChunk], report: Report) -> None:
         style="dim",
         soft_wrap=True,
     )
+    if report.why:
+        console.print(f"auto: {report.why}", style="dim", markup=False, soft_wrap=True)

@@ -80,7 +80,7 @@ class AnswerStream:
     """
 
     def __init__(self, pipeline: Pipeline, request: Request) -> None:
-        self.report = Report(request.strategy)
+        self.report = request.report()
         self._pipeline = pipeline
         self._request = request
         self._writing = Writing(pipeline, request)
@@ -165,7 +165,7 @@ class AnswerStream:
         report.fidelity_s = watch.lap()
         if not report.fell_back:
             return started
-        report.strategy, report.reused_tokens = full.report.strategy, 0
+        report.strategy, report.reused_tokens, report.recompute = full.report.strategy, 0, 0.0
         report.context_tokens = full.report.context_tokens  # no link tokens among them
         return replace(full, report=report)
 

@@ -17,7 +17,7 @@ def answer_together(pipeline: Pipeline, requests: Sequence[Request]) -> list[Ans
     """
     watch, caches = Stopwatch(), pipeline.caches
     prompts = [pipeline.prompts.of(each, each.settings.max_new_tokens) for each in requests]
-    times = Report(requests[0].strategy, started=watch.started)
+    times = requests[0].report(started=watch.started)
     times.tokenize_s = watch.lap()
     found = caches.load(wanted for prompt in prompts for wanted in prompt.wanted)
     times.load_s = watch.lap()
@@ -25,7 +25,7 @@ def answer_together(pipeline: Pipeline, requests: Sequence[Request]) -> list[Ans
     times.encode_s = watch.lap()
     reports, jobs = [], []
     for request, prompt in zip(requests, prompts, strict=True):
-        report = Report(request.strategy, context_tokens=len(prompt.token_ids))
+        report = request.report(context_tokens=len(prompt.token_ids))
         records = parts_of(prompt, found, made, report)
         reports.append(report)
         jobs.append(job_of(request, prompt, records, request.settings))

@@ -12,8 +12,9 @@ from typing import Any, cast
 
 from typing_extensions import TypedDict
 
+from kvlink_rag.engine.choice import StrategyOption
 from kvlink_rag.errors import InputError
-from kvlink_rag.prompt.segments import DEFAULT_RECOMPUTE, RecomputeBy, Strategy
+from kvlink_rag.prompt.segments import DEFAULT_RECOMPUTE, RecomputeBy
 from kvlink_rag.runners.base import GenerateSettings
 
 
@@ -21,14 +22,15 @@ class AnswerOptions(TypedDict, total=False):
     """Keyword arguments of everything that answers; None is as if it had not been given.
 
     Attributes:
-        strategy: how chunk caches become one context: `reuse` (default), `recompute`, `full`, or
-            with an adapter `link`.
+        strategy: how chunk caches become one context: `recompute`, `reuse`, `full`, or with an
+            adapter `link`; `auto` (default) is the cheapest one whose answers are those of full
+            prefill (:mod:`kvlink_rag.engine.choice`), and the report says which.
         system: replaces the model's default system prompt; caches stay usable. As a default of the
             engine it yields to a system message.
         tools: JSON schemas of functions that the model may call, if its chat template shows tools
             (``engine.layout.supports_tools``); its calls are part of the text.
-        recompute: with `recompute`, the share of the chunks' tokens that is computed anew, 0 ... 1;
-            0.15.
+        recompute: with `recompute` and `auto`, the share of the chunks' tokens that is computed
+            anew, 0 ... 1; 0.15.
         recompute_by: with `recompute`, which: those of all chunks that the `question` (default)
             attends to most, which costs one more forward pass over the question, or the `first` of
             each chunk.
@@ -45,7 +47,7 @@ class AnswerOptions(TypedDict, total=False):
         seed: makes sampling repeatable; None draws a new one.
     """
 
-    strategy: Strategy | None
+    strategy: StrategyOption | None
     system: str | None
     tools: Sequence[Mapping[str, Any]] | None
     recompute: float | None
@@ -63,7 +65,7 @@ class AnswerOptions(TypedDict, total=False):
 class Options:
     """:class:`AnswerOptions` with every value, defaults filled in; attributes as there."""
 
-    strategy: Strategy = "reuse"
+    strategy: StrategyOption = "auto"
     system: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     recompute: float = DEFAULT_RECOMPUTE

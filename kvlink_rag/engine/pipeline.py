@@ -69,7 +69,7 @@ class Pipeline:
             InputError: the prompt is too long or does not fit the chat template.
         """
         room = settings.max_new_tokens if new_tokens is None and settings else new_tokens or 0
-        report = Report(request.strategy, started=watch.started)
+        report = request.report(started=watch.started)
         prompt = self.prompts.of(request, room)
         report.context_tokens = len(prompt.token_ids)
         report.tokenize_s = watch.lap()

@@ -28,6 +28,8 @@ class Report:
 
     Attributes:
         strategy: `full`, `reuse`, `recompute` or `link`; `full` for an answer that fell back to it.
+        asked: the strategy that was asked for; with `auto`, ``why`` says why it came to another.
+        recompute: with `recompute`, the share of the chunks' tokens that was to be computed anew.
         ttft_s: from the call with question and chunk texts in hand to the first answer token in
             hand; the sum of the seven parts that follow.
         tokenize_s: rendering and tokenising chunks and question, and computing keys.
@@ -74,11 +76,19 @@ class Report:
     fidelity: Fidelity | None = None
     fell_back: bool = False
     started: float = 0.0
+    asked: str = ""
+    recompute: float = 0.0
+    why: str = ""
 
     def add_times(self, other: Report) -> None:
         """Take over start and time to the first token, in parts, from an answer made together."""
         for name in (*PARTS, "ttft_s", "started"):
             setattr(self, name, getattr(other, name))
+
+    @property
+    def way(self) -> str:
+        """Strategy and share in words, such as `recompute 15 %`."""
+        return self.strategy + (f" {100 * self.recompute:.3g} %" if self.recompute else "")
 
     @property
     def decode_s_per_token(self) -> float:

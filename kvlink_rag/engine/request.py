@@ -8,8 +8,10 @@ from typing import Any, cast, get_args
 
 from kvlink_rag.adapters.load import shipped_adapters
 from kvlink_rag.chunk import Chunk, as_chunks
+from kvlink_rag.engine.choice import Choice, StrategyOption, choose
 from kvlink_rag.engine.fidelity import check_limit, check_rate
 from kvlink_rag.engine.options import AnswerOptions, filled, merged
+from kvlink_rag.engine.report import Report
 from kvlink_rag.errors import AdapterRequiredError, InputError, UnsupportedModelError
 from kvlink_rag.prompt.conversation import Message, as_messages
 from kvlink_rag.prompt.segments import RecomputeBy, Strategy
@@ -18,11 +20,18 @@ from kvlink_rag.runners.base import GenerateSettings, ModelRunner
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked, checked. Options are those of :class:`AnswerOptions`."""
+    """What was asked, checked. Options are those of :class:`AnswerOptions`.
+
+    Attributes:
+        asked: the strategy that was asked for; ``strategy`` is the one that it comes to.
+        why: the reason, where that was chosen.
+    """
 
     messages: list[Message]
     chunks: list[Chunk]
+    asked: StrategyOption
     strategy: Strategy
+    why: str
     recompute: float
     recompute_by: RecomputeBy
     tools: Sequence[Mapping[str, Any]]
@@ -49,10 +58,13 @@ class Request:
             AdapterRequiredError, UnsupportedModelError: the strategy cannot be had.
         """
         options = filled(merged(defaults, given))
+        choice = _chosen(options.strategy, runner)
         return cls(
             messages=_messages(question, given.get("system"), defaults.get("system")),
             chunks=as_chunks(chunks),
-            strategy=check_strategy(options.strategy, runner),
+            asked=options.strategy,
+            strategy=choice.strategy,
+            why=choice.why,
             recompute=check_recompute(options.recompute),
             recompute_by=check_recompute_by(options.recompute_by),
             tools=options.tools,
@@ -60,6 +72,11 @@ class Request:
             fidelity_limit=check_limit(options.fidelity_limit),
             settings=options.settings,
         )
+
+    def report(self, **values: Any) -> Report:
+        """A report of its answer, with what is known before."""
+        share = self.recompute if self.strategy == "recompute" else 0.0
+        return Report(self.strategy, asked=self.asked, recompute=share, why=self.why, **values)
 
 
 def check_options(options: AnswerOptions, runner: ModelRunner) -> AnswerOptions:
@@ -82,6 +99,10 @@ def _messages(
     return messages
 
 
+def _chosen(asked: str, runner: ModelRunner) -> Choice:
+    return choose(runner) if asked == "auto" else Choice(check_strategy(asked, runner), "")
+
+
 def check_strategy(strategy: str, runner: ModelRunner) -> Strategy:
     """The strategy, which a runner has.
 
@@ -97,7 +118,7 @@ def check_strategy(strategy: str, runner: ModelRunner) -> Strategy:
             "by kvlink train, or use 'reuse' or 'recompute'"
         )
     if strategy not in get_args(Strategy):
-        raise InputError(f"strategy must be one of {get_args(Strategy)}, not {strategy!r}")
+        raise InputError(f"strategy must be one of {get_args(StrategyOption)}, not {strategy!r}")
     if strategy not in runner.abilities.strategies:
         raise UnsupportedModelError(
             f"{runner.name} cannot be run with strategy {strategy!r} here: use one of "

@@ -80,6 +80,11 @@ def test_three_changed_lines(index: VectorStoreIndex, llm: KVLinkLLM) -> None:
     assert str(response) == expected.text
     report = response.metadata["kvlink"]
     assert (report["hits"], report["misses"]) == (3, 0)
+    assert (report["asked"], report["strategy"]) == ("auto", "recompute")
+    assert report["computed_tokens"] < report["reused_tokens"] / 3
+    reuse = KVLinkLLM(engine=llm.engine, strategy="reuse", max_tokens=20)
+    report = query_engine(index, reuse).query(QUESTION).metadata["kvlink"]
+    assert (report["hits"], report["misses"]) == (3, 0)
     assert report["computed_tokens"] < report["reused_tokens"] / 5
 
     stream = query_engine(index, llm, streaming=True).query(QUESTION)

@@ -67,8 +67,12 @@ def test_index_ask_and_store_from_end_to_end(shell: Shell) -> None:
     assert "[1]" in answer.stdout
     assert "pears.txt part" in answer.stdout
     assert "[3]" not in answer.stdout
-    assert "reuse: TTFT" in answer.stdout
+    assert "recompute 15 %: TTFT" in answer.stdout
+    assert "auto: plain reuse answers worse than full prefill" in answer.stdout
     assert "2 hits, 0 misses" in answer.stdout
+    asked = shell.run("ask", shell.out, "pear things?", "--strategy", "reuse")
+    assert "reuse: TTFT" in asked.stdout
+    assert "auto" not in asked.stdout
 
     assert "chunks" in shell.run("store", "stat", shell.out).stdout
     assert "clean" in shell.run("store", "verify", shell.out).stdout
@@ -627,15 +631,17 @@ def test_an_adapter_of_the_index_answers_linked_from_the_same_caches(
     shell.index()
     before = shell.state()[2]
     question = ("ask", shell.out, "apple?", "-k", "1", "--max-new-tokens", "4")
-    linked = shell.run(*question, "--adapter", tmp_path / "adapter").output
+    link = ("--strategy", "link")
+    linked = shell.run(*question, *link, "--adapter", tmp_path / "adapter").output
     assert "link: TTFT" in linked
     assert "1 hits, 0 misses" in linked
-    assert "reuse: TTFT" in shell.run(*question).output
+    assert "reuse: TTFT" in shell.run(*question, "--strategy", "reuse").output
+    assert "needs an adapter" in shell.run(*question, *link, code=1).stderr
     shell.index("--adapter", str(tmp_path / "adapter"))
     shell.write("pears.txt", paragraphs("pear"))
     shell.index()  # goes on with the adapter it has
-    assert "link: TTFT" in shell.run(*question).output
-    assert "reuse: TTFT" in shell.run(*question, "--adapter", "").output
+    assert "link: TTFT" in shell.run(*question, *link).output
+    assert "needs an adapter" in shell.run(*question, *link, "--adapter", "", code=1).stderr
     assert set(before) < set(shell.state()[2])
     assert "no adapter at" in shell.run(*question, "--adapter", "missing", code=1).stderr
 

@@ -228,11 +228,13 @@ def test_ask_tells_its_time_and_what_it_computes_anew(shell: Shell) -> None:
 
     def computed(*options: str) -> int:
         said = shell.run(*question, *options).stdout
-        assert "recompute: TTFT" in said
+        assert re.search(r"\nrecompute( [\d.]+ %)?: TTFT", said)
         return int(re.search(r"(\d+) computed", said)[1])  # type: ignore[index]
 
     none = computed("--recompute", "0")
-    tokens = computed("--recompute", "1") - none  # of both chunks
+    tokens = computed("--recompute-by", "first", "--recompute", "1") - none  # of both chunks
+    second = computed("--recompute", "1") - none  # the first one has seen all before it
+    assert 0.3 * tokens < second < 0.7 * tokens
     first = computed("--recompute-by", "first", "--recompute", "0.3")
     assert abs(first - none - 0.3 * tokens) <= 1  # rounded for each chunk
     assert computed("--recompute", "0.3") == 2 * none + round(0.3 * tokens)  # the question twice

@@ -91,7 +91,7 @@ class ChatKVLink(BaseChatModel):
         top_p: nucleus sampling.
         seed: makes sampling repeatable.
         stop: the answer ends before the first of these strings.
-        strategy: `reuse`, `recompute`, `full` or `link`; None is the engine's.
+        strategy: `auto`, `recompute`, `reuse`, `full` or `link`; None is the engine's.
         recompute: with `recompute`, the share of the chunks' tokens that is computed anew; None is
             the engine's.
         recompute_by: which: those that the `question` attends to most, or the `first` of each

@@ -6,7 +6,8 @@
     EngineMetrics(engine)
     start_http_server(9000)
 
-Of answers and prefills, by ``engine.observers``: `kvlink_answers_total` by `strategy`;
+Of answers and prefills, by ``engine.observers``: `kvlink_answers_total` by `strategy`,
+and `kvlink_auto_total` of those that left the choice to `auto`;
 `kvlink_ttft_seconds`, a histogram by `strategy`; `kvlink_ttft_part_seconds_total` by `part` (those
 of ``report.PARTS``); `kvlink_chunk_hits_total`, `kvlink_chunk_misses_total`,
 `kvlink_reused_tokens_total`, `kvlink_computed_tokens_total`, `kvlink_new_tokens_total`,
@@ -112,6 +113,7 @@ class EngineMetrics:
             return cast("Histogram", made)
 
         self._answers = counter("answers", "Answers and prefills.", ["strategy"])
+        self._auto = counter("auto", "Of these, by what `auto` came to.", ["strategy"])
         self._ttft = histogram(
             "ttft_seconds", "Time to the first token.", TTFT_BUCKETS, ["strategy"]
         )
@@ -141,6 +143,8 @@ class EngineMetrics:
             _add(self._of_runs, report)
             return
         self._answers.labels(report.strategy).inc()
+        if report.asked == "auto":
+            self._auto.labels(report.strategy).inc()
         self._ttft.labels(report.strategy).observe(report.ttft_s)
         for part in PARTS:
             self._parts.labels(part.removesuffix("_s")).inc(getattr(report, part))

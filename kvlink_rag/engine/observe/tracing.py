@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 OF_ANSWERS = (
     "strategy",
+    "asked",
+    "recompute",
     "hits",
     "misses",
     "context_tokens",

@@ -75,7 +75,7 @@ class KVLinkLLM(EngineHolder, CustomLLM):
     stop: list[str] = Field(default_factory=list, description="An answer ends before these.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     strategy: str | None = Field(
-        default=None, description="reuse, recompute, full or link; None is the engine's."
+        default=None, description="auto, recompute, reuse, full or link; None is the engine's."
     )
     recompute: float | None = Field(
         default=None, description="Share of the chunks' tokens that recompute computes anew."
