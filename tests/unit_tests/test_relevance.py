@@ -13,8 +13,8 @@ import torch
 
 from kvlink_rag import InputError, KVLinkEngine, UnsupportedModelError
 from kvlink_rag.engine.prefill import Prefill
-from kvlink_rag.runners.transformers.in_place import Tokens, paid_together
 from kvlink_rag.runners.transformers.relevance import attention_paid, measured
+from kvlink_rag.runners.transformers.together import Tokens, paid_together, run_together
 
 TEXTS = [
     "A chunk that is a good deal longer than any of the sliding windows of these models are.",
@@ -102,7 +102,7 @@ class TestMeasurement:
         expected = paid_in_reference(name, reuse, tiny.Reference(reuse))
         torch.testing.assert_close(paid, expected, atol=TOLERANCE, rtol=1e-4)
         # and nothing of it is left
-        logits = context.run(one.model, question, places)
+        logits = run_together(one.model, [Tokens(context, question, places)])[0]
         torch.testing.assert_close(logits, reuse.logits, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("name", tiny.CONFIGS)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from kvlink_rag.runners.base import Job, Prefilled
-from kvlink_rag.runners.transformers.in_place import LinkedContext, Tokens, run_together
+from kvlink_rag.runners.transformers.in_place import LinkedContext
 from kvlink_rag.runners.transformers.model_lock import ModelLock, let_go
 from kvlink_rag.runners.transformers.sampling import Sampler
 from kvlink_rag.runners.transformers.state import PromptState
+from kvlink_rag.runners.transformers.together import Tokens, run_together
 
 
 class TransformersGeneration:

@@ -9,28 +9,20 @@ at their positions, and what they replace is not seen any more where it lies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from kvlink_rag.adapters.links import LinkTokens
-from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.rope import turn
+from kvlink_rag.runners.transformers import one_query
 from kvlink_rag.runners.transformers.architecture import Architecture
-from kvlink_rag.runners.transformers.attention import FEW_TOKENS, is_plain, multiply, use_attention
+from kvlink_rag.runners.transformers.attention import FEW_TOKENS, multiply
 from kvlink_rag.runners.transformers.context import ContextCache, new_cache
-from kvlink_rag.runners.transformers.forward import inputs
+from kvlink_rag.runners.transformers.one_query import OneQuery, Part
 from kvlink_rag.runners.transformers.positions import attend_at
-from kvlink_rag.runners.transformers.relevance import Measured, measured
 from kvlink_rag.runners.transformers.scratch import Scratch
 from kvlink_rag.runners.transformers.visibility import Block, Span, Visibility
 
-NAME = "kvlink_in_place"
 MANY_QUERIES = 64
 """From so many new tokens on it is faster to move a layer's keys than the queries."""
 
@@ -75,22 +67,13 @@ class LinkedContext:
             count = len(range(*group.layers.indices(architecture.layers)))
             self._angles += [its] * count
         self._blocks: dict[int | None, list[Block]] = {}
+        self._one: dict[int | None, OneQuery] = {}
 
     @property
     def stop(self) -> int:
         """Position behind the last token."""
         ends = [span.stop for span in self.spans]
         return max([*ends, *(position + 1 for position in self.positions)], default=0)
-
-    def run(
-        self,
-        model: PreTrainedModel,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        links: LinkTokens | None = None,
-    ) -> torch.Tensor:
-        """:func:`run_together` for this context alone; logits ``[vocab]``."""
-        return run_together(model, [Tokens(self, token_ids, positions)], links)[0]
 
     def replace(self, positions: Sequence[int]) -> None:
         """Hide what spans hold at these positions: those tokens are computed anew."""
@@ -108,6 +91,22 @@ class LinkedContext:
             window: list(self._visibility.blocks(positions, self.positions, window))
             for window in set(self.architecture.windows)
         }
+        alone = len(positions) == 1 and self.paid is None and one_query.available()
+        self._one = self._prepared() if alone else {}
+
+    def _prepared(self) -> dict[int | None, OneQuery]:
+        """The attention of the one new token, by window; nothing where a part cannot be read."""
+        made = {}
+        for window, (block,) in self._blocks.items():
+            parts = [
+                Part(self.spans[index].record.keys, self.spans[index].record.values, _flat(bias))
+                for index, bias in block.seen
+            ]
+            if not all(part.readable for part in parts):
+                return {}
+            own = len(self.positions)
+            made[window] = OneQuery(parts, own, _flat(block.own), self._scratch)
+        return made
 
     def copied(self) -> ContextCache:
         """All of it in one cache, with as much room for more tokens as there is here."""
@@ -149,6 +148,10 @@ class LinkedContext:
             return attend_at(query[0] * scale, keys, values, new, window, self._scratch, paid)
         kv_heads = own_keys.shape[0]
         folded = (query[0] * scale).reshape(kv_heads, heads // kv_heads, queries, dim)
+        if one := self._one.get(self.architecture.windows[layer]):
+            rows, (block,) = folded[:, :, 0], self._blocks[self.architecture.windows[layer]]
+            met = torch.cat([self._turned(rows, layer, block), rows[None]]).float()
+            return one.attend(layer, met, own_keys, own_values)[None].to(query.dtype)
         mixed = query.new_empty(queries, heads, own_values.shape[2])
         result = mixed.view(queries, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
         blocks = self._blocks[self.architecture.windows[layer]]
@@ -246,145 +249,6 @@ class LinkedContext:
         return turn(rows, cos, sin, out)
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """New tokens of one context.
-
-    Args:
-        token_ids, positions: of the tokens; positions are increasing, and none of them is taken.
-    """
-
-    context: LinkedContext
-    token_ids: Sequence[int]
-    positions: Sequence[int]
-
-
-@torch.inference_mode()
-def run_together(
-    model: PreTrainedModel, parts: Sequence[Tokens], links: LinkTokens | None = None
-) -> torch.Tensor:
-    """Run new tokens of several contexts in one forward pass, and keep them in their contexts.
-
-    Each token sees every token of its context at a position up to its own. All go through the
-    linear layers as one sequence: a forward pass over few tokens costs what reading the weights
-    costs.
-
-    Args:
-        model: hold its lock.
-        links: link tokens that may be among the tokens.
-
-    Returns:
-        logits of each context's last token, ``[contexts, vocab]`` float32.
-    """
-    token_ids = [token for part in parts for token in part.token_ids]
-    positions = [position for part in parts for position in part.positions]
-    last = torch.tensor([len(part.token_ids) for part in parts]).cumsum(0) - 1
-    for part in parts:
-        part.context.expect(part.positions)
-    with use_attention(model, NAME), _running(parts):
-        out = model(
-            **inputs(model, torch.tensor([token_ids]), links),
-            position_ids=torch.tensor([positions]),
-            use_cache=False,
-            logits_to_keep=last,
-        )
-    logits: torch.Tensor = out.logits[0].float()
-    return logits
-
-
-def paid_together(model: PreTrainedModel, parts: Sequence[Tokens]) -> list[torch.Tensor]:
-    """How much attention tokens behind all spans pay to what the spans hold.
-
-    They are run as :func:`run_together` does, through the layers that are measured, and forgotten
-    again.
-
-    Returns:
-        for each context softmax weights, summed over the tokens, the heads and the layers that
-        count (:func:`measured`), ``[positions]`` float32.
-    """
-    contexts = [part.context for part in parts]
-    layers = measured(contexts[0].architecture.layers)
-    paid = [torch.zeros(layers.stop, its.stop) for its in contexts]
-    try:
-        for context, amounts in zip(contexts, paid, strict=True):
-            context.paid = amounts
-        with suppress(Measured):
-            run_together(model, parts)
-    finally:
-        for context in contexts:
-            context.paid = None
-            context.forget()
-    return [amounts[layers.start :].sum(0) for amounts in paid]
-
-
-@torch.inference_mode()
-def serves(model: PreTrainedModel, architecture: Architecture) -> bool:
-    """Whether a model's attention is what is computed here: measured on a few tokens."""
-    if not architecture.foldable:
-        return False
-    token_ids = list(range(1, 6))
-    own = new_cache(architecture, len(token_ids))
-    try:
-        found = LinkedContext(architecture, [], own, Scratch()).run(model, token_ids, range(5))
-    except UnsupportedModelError:
-        return False
-    expected = model(input_ids=torch.tensor([token_ids]), logits_to_keep=1).logits[0, -1].float()
-    tolerance = 1e-3 if architecture.dtype == torch.float32 else 0.1
-    return bool((found - expected).norm() <= tolerance * expected.norm())
-
-
-_RUNNING: ContextVar[Sequence[Tokens]] = ContextVar("running")
-
-
-@contextmanager
-def _running(parts: Sequence[Tokens]) -> Iterator[None]:
-    token = _RUNNING.set(parts)
-    try:
-        yield
-    finally:
-        _RUNNING.reset(token)
-
-
-def attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """What transformers calls: attention of the running tokens, context by context.
-
-    Args:
-        query: ``[1, heads, tokens, head_dim]``; ``key`` and ``value`` alike with ``kv_heads``.
-
-    Returns:
-        ``[1, tokens, heads, value_dim]``, and None for the weights.
-
-    Raises:
-        UnsupportedModelError: the model's scores are changed on their way.
-        Measured: no context waits for what another layer pays.
-    """
-    if not is_plain(options):
-        raise UnsupportedModelError(f"{type(module).__name__} is no plain attention")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer, start, mixed = int(module.layer_idx), 0, []  # type: ignore[arg-type]
-    for part in _RUNNING.get():
-        mine = slice(start, start + len(part.token_ids))
-        mixed.append(
-            part.context.attend(layer, query[:, :, mine], key[:, :, mine], value[:, :, mine], scale)
-        )
-        start = mine.stop
-    counted = [part.context.paid for part in _RUNNING.get()]
-    if all(paid is not None and len(paid) == layer + 1 for paid in counted):
-        raise Measured
-    return torch.cat(mixed)[None], None
-
-
-def _no_mask(**_: Any) -> None:
-    """Who sees whom is the contexts' business."""
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, _no_mask)
+def _flat(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Of one query, in float32."""
+    return None if bias is None else bias[0].float().contiguous()

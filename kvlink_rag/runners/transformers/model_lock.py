@@ -71,14 +71,21 @@ def let_go() -> None:
 
 
 @cache
+def openmp() -> ctypes.CDLL | None:
+    """The OpenMP that torch computes with, where it is GCC's and comes with torch."""
+    for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
+        return ctypes.CDLL(str(path))  # loaded already: this is only another name for it
+    return None
+
+
+@cache
 def _ways() -> list[Callable[[], object]]:
     """What there is to call; nothing where torch brings no such library, or another one."""
     found: list[Callable[[], object]] = []
-    for name in ("libtorch_cpu*.so", "libgomp*.so*"):
-        for path in Path(torch.__file__).parent.glob(f"lib/{name}"):
-            library = ctypes.CDLL(str(path))  # loaded already: this is only another name for it
-            if hasattr(library, "mkl_serv_thread_free_buffers"):
-                found.append(library.mkl_serv_thread_free_buffers)
-            if hasattr(library, "omp_pause_resource_all"):
-                found.append(partial(library.omp_pause_resource_all, PAUSE_HARD))
+    for path in Path(torch.__file__).parent.glob("lib/libtorch_cpu*.so"):
+        library = ctypes.CDLL(str(path))  # loaded already, too
+        if hasattr(library, "mkl_serv_thread_free_buffers"):
+            found.append(library.mkl_serv_thread_free_buffers)
+    if pause := getattr(openmp(), "omp_pause_resource_all", None):
+        found.append(partial(pause, PAUSE_HARD))
     return found

@@ -14,14 +14,10 @@ from kvlink_rag.runners.base import Job, Prefilled
 from kvlink_rag.runners.transformers.architecture import Architecture
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.forward import run_at, run_behind
-from kvlink_rag.runners.transformers.in_place import (
-    LinkedContext,
-    Tokens,
-    paid_together,
-    run_together,
-)
+from kvlink_rag.runners.transformers.in_place import LinkedContext
 from kvlink_rag.runners.transformers.relevance import attention_paid
 from kvlink_rag.runners.transformers.state import PromptState
+from kvlink_rag.runners.transformers.together import Tokens, paid_together, run_together
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,12 +12,13 @@ from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.errors import InputError
 from kvlink_rag.prompt.segments import Strategy
 from kvlink_rag.runners.base import Abilities, Encoded, Job
+from kvlink_rag.runners.transformers import one_query
 from kvlink_rag.runners.transformers.architecture import Architecture, inspect_model
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.encode import Encoder
 from kvlink_rag.runners.transformers.generation import TransformersGeneration
 from kvlink_rag.runners.transformers.identity import adapter_state
-from kvlink_rag.runners.transformers.in_place import LinkedContext, serves
+from kvlink_rag.runners.transformers.in_place import LinkedContext
 from kvlink_rag.runners.transformers.load import Source, load
 from kvlink_rag.runners.transformers.model_lock import lock_of
 from kvlink_rag.runners.transformers.reading import (
@@ -28,6 +29,7 @@ from kvlink_rag.runners.transformers.reading import (
 )
 from kvlink_rag.runners.transformers.sampling import stop_ids
 from kvlink_rag.runners.transformers.scratch import Scratch, give_back
+from kvlink_rag.runners.transformers.together import serves
 from kvlink_rag.runners.transformers.visibility import Span
 
 BATCH_TOKENS = {"cpu": 1536}
@@ -86,6 +88,8 @@ class TransformersRunner:
                 self.model, self.reader = adapter.apply(base, merge=merge_adapter)
             self.architecture: Architecture = inspect_model(self.model, name)
             self.in_place = serves(self.reader, self.architecture)
+        if self.in_place:
+            one_query.available()  # compiled now, once a machine, and not within an answer
         self._adapters_in_model = adapter_state(self.model)
         self.stop_ids = stop_ids(base, tokenizer)
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)

@@ -12,6 +12,7 @@ from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.forward import run_behind
 from kvlink_rag.runners.transformers.in_place import LinkedContext
+from kvlink_rag.runners.transformers.together import Tokens, run_together
 
 
 @dataclass(eq=False)
@@ -51,7 +52,8 @@ class PromptState:
         """
         if isinstance(self.context, LinkedContext):
             start = self.context.stop
-            return self.context.run(self.model, token_ids, range(start, start + len(token_ids)))
+            places = range(start, start + len(token_ids))
+            return run_together(self.model, [Tokens(self.context, token_ids, places)])[0]
         return run_behind(self.model, self.context, token_ids, fast=self.fast)
 
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,183 @@
+"""One new token's attention over spans and the prompt's own tokens, by the compiled kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvlink_rag.runners.transformers.model_lock import openmp
+from kvlink_rag.runners.transformers.scratch import Scratch
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of caches that the kernel reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Keys and values that the query sees.
+
+    Args:
+        keys: of all layers, ``[layers, kv_heads, tokens, head_dim]``; ``values`` alike.
+        bias: added to the scores, ``[tokens]`` float32; None adds nothing.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def readable(self) -> bool:
+        """Whether the kernel can read it: its number type, and rows that lie one after another."""
+        return all(
+            each.dtype in DTYPES and each.stride(3) == 1 and each.stride(2) == each.shape[3]
+            for each in (self.keys, self.values)
+        )
+
+
+class OneQuery:
+    """Attention of the token behind all others, prepared for all layers.
+
+    Args:
+        parts: spans that it sees, in the order of the queries that meet them.
+        own: tokens that the prompt adds, up to the new one.
+        own_bias: added to their scores, ``[own]`` float32.
+        scratch: to compute in; its owner's lock is held.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        own: int,
+        own_bias: torch.Tensor | None,
+        scratch: Scratch,
+    ) -> None:
+        from kvlink_rag.runners.transformers.kernel import PIECE
+
+        self._kept, self._piece, self._scratch = parts, PIECE, scratch
+        self._own_bias, self._own = own_bias, own
+        rows = [
+            (
+                number,
+                _address(part.keys, start, 2), _address(part.values, start, 2),
+                _bytes(part.keys, 1), _bytes(part.values, 1),
+                int(part.keys.dtype == torch.bfloat16), min(PIECE, part.keys.shape[2] - start),
+                0 if part.bias is None else _address(part.bias, start, 0),
+                _bytes(part.keys, 0), _bytes(part.values, 0),
+            )
+            for number, part in enumerate(parts)
+            for start in range(0, part.keys.shape[2], PIECE)
+        ]  # fmt: skip
+        rows += [
+            (
+                len(parts), 0, 0, 0, 0, 0, min(PIECE, own - start),
+                0 if own_bias is None else _address(own_bias, start, 0), 0, 0,
+            )
+            for start in range(0, own, PIECE)
+        ]  # fmt: skip
+        self._table = np.array(rows, dtype=np.int64).T.copy()  # a row a field
+        self._of_spans = sum(row[0] < len(parts) for row in rows)
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        own_keys: torch.Tensor,
+        own_values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Values mixed by the softmax of the scores, ``[kv_heads * group, value_dim]`` float32.
+
+        Args:
+            queries: scaled, as they meet each part and last the own tokens, ``[parts + 1, kv_heads,
+                group, head_dim]`` float32.
+            own_keys: of the prompt's own tokens in this layer, ``[kv_heads, own, head_dim]``;
+                ``own_values`` alike.
+        """
+        from kvlink_rag.runners.transformers import kernel as k
+
+        _, kv_heads, group, key_dim = queries.shape
+        value_dim = own_values.shape[2]
+        table, spans = self._table.copy(), self._of_spans
+        table[1, :spans] += layer * table[8, :spans]
+        table[2, :spans] += layer * table[9, :spans]
+        self._place_own(table[:, spans:], own_keys, own_values)
+        pieces, queries = table.shape[1], queries.contiguous()
+        tasks = pieces * kv_heads
+        sizes = (
+            tasks * k.memory_of(group, key_dim, value_dim),
+            tasks * group, tasks * group, tasks * group * value_dim,
+        )  # fmt: skip
+        memory = [
+            self._scratch.tensor(f"one query {name}", (size,), torch.float32)
+            for name, size in zip(("memory", "most", "sums", "mixed"), sizes, strict=True)
+        ]
+        out = queries.new_empty(kv_heads * group, value_dim)
+        told = np.empty(k.FIELDS, dtype=np.int64)
+        told[: k.QUERIES + 1] = (
+            pieces, kv_heads, group, key_dim, value_dim, queries.data_ptr()
+        )  # fmt: skip
+        told[k.WHICH_QUERY : k.MEMORY] = [field.ctypes.data for field in table[:8]]
+        told[k.MEMORY : k.FIELDS] = [*(each.data_ptr() for each in memory), out.data_ptr()]
+        _run(told.ctypes.data)
+        return out
+
+    def _place_own(self, table: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Where the prompt's own tokens are: another place in every layer, and after growing."""
+        starts = np.arange(0, self._own, self._piece)
+        for field, each in ((1, keys), (2, values)):
+            table[field] = each.data_ptr() + starts * _bytes(each, 1)
+            table[field + 2] = _bytes(each, 0)
+        table[5] = keys.dtype == torch.bfloat16
+
+
+def available() -> bool:
+    """Whether the kernel can run here: torch computes with GCC's OpenMP, and numba is there."""
+    return openmp() is not None and _code() is not None
+
+
+def _address(tensor: torch.Tensor, place: int, dim: int) -> int:
+    return tensor.data_ptr() + place * _bytes(tensor, dim)
+
+
+def _bytes(tensor: torch.Tensor, dim: int) -> int:
+    """From one index of a dimension to the next."""
+    return tensor.stride(dim) * tensor.element_size()
+
+
+@cache
+def _code() -> tuple[int, int] | None:
+    """Addresses of the kernel's two functions."""
+    try:
+        from llvmlite import binding
+    except ImportError:
+        return None
+    library = openmp()
+    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+        found = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        binding.add_symbol(name, found)
+    from kvlink_rag.runners.transformers import kernel
+
+    return kernel.compiled(kernel.attend), kernel.compiled(kernel.combine)
+
+
+@cache
+def _callers() -> tuple[Any, Any]:
+    code, library = _code(), openmp()
+    assert code is not None
+    assert library is not None
+    parallel = library.GOMP_parallel
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code[1])
+
+
+def _run(told: int) -> None:
+    code, (parallel, combine) = _code(), _callers()
+    assert code is not None
+    parallel(code[0], told, torch.get_num_threads(), 0)
+    combine(told)
