@@ -54,7 +54,7 @@ def ask(
     prepare()
     if recompute_by is not None or recompute is not None:
         strategy = strategy or "recompute"
-        if strategy != "recompute":
+        if strategy not in ("auto", "recompute"):
             raise InputError(
                 f"--strategy {strategy} computes no tokens of chunks anew: leave out "
                 "--recompute-by and --recompute"

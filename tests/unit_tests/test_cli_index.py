@@ -239,6 +239,9 @@ def test_ask_tells_its_time_and_what_it_computes_anew(shell: Shell) -> None:
     assert abs(first - none - 0.3 * tokens) <= 1  # rounded for each chunk
     assert computed("--recompute", "0.3") == 2 * none + round(0.3 * tokens)  # the question twice
     assert shell.run(*question, "--recompute", "16", code=2)
+    auto = shell.run(*question, "--strategy", "auto", "--recompute", "0.3").stdout
+    assert "recompute 30 %: TTFT" in auto
+    assert "auto: " in auto
     refused = shell.run(*question, "--strategy", "full", "--recompute-by", "first", code=1)
     assert "--strategy full computes no tokens of chunks anew" in refused.stderr
 
