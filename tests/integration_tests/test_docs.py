@@ -27,9 +27,10 @@ INDEX = "kvlink index examples/corpus --out my-index"
 BENCH = "kvlink bench"
 TRAIN = "kvlink train --data examples/corpus --out my-adapter --steps 200"
 EVAL = "kvlink eval --config benchmarks/eval_link5.json"
+EVAL_AUTO = "kvlink eval --config benchmarks/eval_auto.json --out benchmarks/results/eval_auto"
 COMPARE = "python benchmarks/encode_behind.py --questions 200"
 
-BY_ITSELF = {BENCH, TRAIN, EVAL, COMPARE}
+BY_ITSELF = {BENCH, TRAIN, EVAL, EVAL_AUTO, COMPARE}
 """They take hours as they stand: a test each runs them smaller."""
 
 NOT_RUN: dict[str, int] = {}
@@ -222,6 +223,9 @@ def question_sets(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_eval(inside: Path, question_sets: str):
     documentation.run_kvlink(EVAL, "--questions", "1", "--max-new-tokens", "2")
     assert "link, smollm2-135m-link5" in (inside / "eval-results" / "results.md").read_text()
+    smaller = ("--questions", "1", "--max-new-tokens", "2", "--out", "auto-results")
+    documentation.run_kvlink(EVAL_AUTO, *smaller)
+    assert "recompute 15 %, untuned" in (inside / "auto-results" / "results.md").read_text()
 
 
 @pytest.mark.slow

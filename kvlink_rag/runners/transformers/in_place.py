@@ -87,9 +87,10 @@ class LinkedContext:
     def expect(self, positions: Sequence[int]) -> None:
         """Prepare for new tokens at these positions: who sees what."""
         self.positions += positions
+        windows = set(self.architecture.windows) if len(positions) < MANY_QUERIES else ()
         self._blocks = {
             window: list(self._visibility.blocks(positions, self.positions, window))
-            for window in set(self.architecture.windows)
+            for window in windows
         }
         alone = len(positions) == 1 and self.paid is None and one_query.available()
         self._one = self._prepared() if alone else {}
