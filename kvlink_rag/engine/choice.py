@@ -1,4 +1,4 @@
-"""What `auto` comes to: the cheapest way whose answers are those of full prefill."""
+"""What `auto` comes to: the cheapest way whose answers are meant to be those of full prefill."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def choose(runner: ModelRunner) -> Choice:
     """The strategy of `auto` for a model.
 
     Plain `reuse` answers worse than full prefill unless the model itself was trained for it, and a
-    cache-preserving adapter restores a part only (docs/accuracy.md); `recompute` by question closes
-    the gap for both.
+    cache-preserving adapter restores a part only; `recompute` by question comes nearer for both
+    (docs/accuracy.md has how near, as far as it was measured).
     """
     adapter, strategies = runner.adapter, runner.abilities.strategies
     if adapter is not None and adapter.kind == "whole-model" and "reuse" in strategies:

@@ -23,8 +23,8 @@ class AnswerOptions(TypedDict, total=False):
 
     Attributes:
         strategy: how chunk caches become one context: `recompute`, `reuse`, `full`, or with an
-            adapter `link`; `auto` (default) is the cheapest one whose answers are those of full
-            prefill (:mod:`kvlink_rag.engine.choice`), and the report says which.
+            adapter `link`; `auto` (default) is the cheapest one whose answers are meant to be
+            those of full prefill (:mod:`kvlink_rag.engine.choice`); the report says which.
         system: replaces the model's default system prompt; caches stay usable. As a default of the
             engine it yields to a system message.
         tools: JSON schemas of functions that the model may call, if its chat template shows tools

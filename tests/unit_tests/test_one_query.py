@@ -116,6 +116,14 @@ def test_where_there_is_no_folder_for_the_code(monkeypatch: pytest.MonkeyPatch) 
     assert kernel.compiled(kernel.combine)
 
 
+def test_without_numba_attention_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tiny.engine().answer(QUESTION, TEXTS, max_new_tokens=6).token_ids
+    monkeypatch.setitem(sys.modules, "numba", None)  # importing it fails
+    monkeypatch.setattr(one_query, "_code", one_query._code.__wrapped__)  # asked anew
+    assert not one_query.available()
+    assert tiny.engine().answer(QUESTION, TEXTS, max_new_tokens=6).token_ids == expected
+
+
 FORKED = """
 import os, sys
 sys.path.insert(0, sys.argv[1])

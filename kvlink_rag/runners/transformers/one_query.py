@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -151,10 +152,12 @@ def _bytes(tensor: torch.Tensor, dim: int) -> int:
 
 @cache
 def _code() -> tuple[int, int] | None:
-    """Addresses of the kernel's two functions."""
+    """Addresses of the kernel's two functions; None where numba cannot be imported."""
     try:
+        import numba  # noqa: F401 - it refuses a numpy that is too new for it
         from llvmlite import binding
-    except ImportError:
+    except ImportError as error:
+        logging.getLogger("kvlink_rag").info("attention is not compiled: %s", error)
         return None
     library = openmp()
     for name in ("omp_get_thread_num", "omp_get_num_threads"):
