@@ -203,7 +203,7 @@ def test_train(inside: Path):
     assert "adapter='my-adapter'" in output
     question = "When did the crisis begin?"
     output = documentation.run_kvlink(f"kvlink ask my-index '{question}' --adapter my-adapter")
-    assert "link: TTFT" in output
+    assert "recompute 15 %: TTFT" in output
     assert "4 hits, 0 misses" in output
 
 
