@@ -16,6 +16,7 @@ import torch
 from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.rope import RopeGroup, rotate
+from kvlink_rag.store.one_pass import DTYPES, available, decode_int8
 
 CODECS = (RAW, "bf16", "fp8", "int8", "int4")
 
@@ -171,6 +172,8 @@ def decode(
     if codec in (RAW, "bf16"):
         return keys.to(dtype), values.to(dtype)
     grid = _GRIDS[codec]
+    if codec == "int8" and dtype in DTYPES and available():
+        return decode_int8(tensors, dtype, position, rope, grid.key_group)
     unpack = _UNPACK[codec]
     width = 2 if grid.bits == 4 else 1
     made = torch.empty((*keys.shape[:3], keys.shape[3] * width), dtype=dtype)

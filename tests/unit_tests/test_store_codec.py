@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from kvlink_rag.chunk import ChunkKV
 from kvlink_rag.rope import RopeGroup, shift_groups
 from kvlink_rag.store import FolderStore, MemoryStore, RamTier, open_store
 from kvlink_rag.store.codec import CODECS, codec_for, coded_layout, decode, encode, tensor_names
+from kvlink_rag.store.one_pass import available
 
 LOSSY = [codec for codec in CODECS if codec not in ("raw", "bf16")]
 CHUNKS = ["one fox in the snow", "two dogs, and a cat that is not theirs", "three bees"]
@@ -249,3 +251,57 @@ def test_raw_caches_that_were_read_can_be_coded(tmp_path):
     for name, wanted in encode(its, "int4").items():
         assert torch.equal(encode(found, "int4")[name], wanted)
     assert not (tmp_path / "raw" / "store.json").exists()
+
+
+class TestOnePass:
+    """`int8` by the compiled function and by torch: the same numbers, but for rounding."""
+
+    @pytest.fixture
+    def by_torch(self, monkeypatch):
+        def decoded(tensors, *rest):
+            with monkeypatch.context() as patch:
+                patch.setattr("kvlink_rag.store.codec.available", lambda: False)
+                return decode(tensors, "int8", *rest)
+
+        return decoded
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dim", [16, 24, 64, 128])
+    @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 300])
+    def test_by_one_pass_and_by_torch(self, by_torch, tokens, dim, dtype):
+        its = record(tokens, dim=dim, dtype=dtype)  # partial rotary from 24 on, one layer without
+        tensors = encode(its, "int8")
+        found = decode(tensors, "int8", dtype, its.position, its.rope)
+        expected = by_torch(tensors, dtype, its.position, its.rope)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype == dtype
+            assert one.shape == other.shape
+            assert one.is_contiguous()
+            # in bfloat16 a last bit of its 8, where the angle's rounding decides
+            rtol = 1e-5 if dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=rtol)
+            assert (one != other).float().mean() < (1.0 if dtype == torch.float32 else 1e-3)
+
+    def test_bfloat16_is_rounded_to_the_nearest_and_to_even(self):
+        its = record(300)
+        tensors = encode(its, "int8")
+        exact = decode(tensors, "int8", torch.float32, its.position, its.rope)
+        found = decode(tensors, "int8", torch.bfloat16, its.position, its.rope)
+        for one, other in zip(found, exact, strict=True):
+            assert torch.equal(one, other.bfloat16())
+
+    def test_keys_whose_rotation_is_not_known(self, by_torch):
+        its = replace(record(), rope=())
+        tensors = encode(its, "int8")
+        found = decode(tensors, "int8", torch.float32, 5, ())
+        for one, other in zip(found, by_torch(tensors, torch.float32, 5, ()), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+    def test_other_types_are_left_to_torch(self):
+        its = record(dtype=torch.float16)
+        keys, _ = decode(encode(its, "int8"), "int8", torch.float16, its.position, its.rope)
+        assert keys.dtype == torch.float16
+        assert (keys - its.keys).abs().max() < 0.1
+
+    def test_it_is_in_use_here(self):
+        assert available() == (find_spec("numba") is not None)
