@@ -85,6 +85,15 @@ class _Scripted:
             shown = logits if runner.abilities.logits else None
             self.prefilled.append(Prefilled(job.prompt.segments, computed, shown))
 
+    def logits(self, row: int) -> torch.Tensor | None:
+        place = self._places[row] - 1
+        return self.look_ahead(row, range(place))[-1] if place > 0 else self.prefilled[row].logits
+
+    def look_ahead(self, row: int, token_ids: Sequence[int]) -> torch.Tensor:
+        said = self._said[row]
+        next_ones = [said[(place + 1) % len(said)] for place in range(len(token_ids))]
+        return torch.nn.functional.one_hot(torch.tensor(next_ones), VOCABULARY).float()
+
     def next_tokens(self, rows: Sequence[int]) -> list[int]:
         found = [self._said[row][self._places[row] % len(self._said[row])] for row in rows]
         for row in rows:
@@ -121,7 +130,7 @@ def rewrite(
 
 class _Rewritten:
     def __init__(self, own: Generation, jobs: Sequence[Job], change: Any) -> None:
-        self.prefilled, self.link_s = own.prefilled, own.link_s
+        self.prefilled, self.link_s, self._own = own.prefilled, own.link_s, own
 
         def tokens(row: int) -> Iterator[int]:
             while True:
@@ -131,6 +140,12 @@ class _Rewritten:
 
     def next_tokens(self, rows: Sequence[int]) -> list[int]:
         return [next(self._tokens[row]) for row in rows]
+
+    def logits(self, row: int) -> torch.Tensor | None:
+        return self._own.logits(row)
+
+    def look_ahead(self, row: int, token_ids: Sequence[int]) -> torch.Tensor:
+        return self._own.look_ahead(row, token_ids)
 
 
 def note_prompts(engine: KVLinkEngine) -> list[list[int]]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from kvlink_rag.cli.options import Dtype, RemoteURL
-from kvlink_rag.cli.shared import load_engine, prepare, size_text
+from kvlink_rag.cli.shared import open_index, prepare, size_text
 from kvlink_rag.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,23 +59,7 @@ def ask(
                 f"--strategy {strategy} computes no tokens of chunks anew: leave out "
                 "--recompute-by and --recompute"
             )
-    from kvlink_rag.index.catalog import IndexCatalog
-    from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
-
-    catalog = IndexCatalog(folder)
-    model = catalog.meta("model") or catalog.meta("model_name") or DEFAULT_MODEL
-    adapter = catalog.meta("adapter") or "" if adapter is None else adapter
-    cache_after = int(catalog.meta("cache_after") or 0)
-    recorded = catalog.meta("dtype") or "auto"
-    empty = len(catalog) == 0
-    catalog.close()
-    if empty:
-        raise InputError(f"{folder} holds no chunks: run kvlink index PATH... --out {folder} first")
-
-    from kvlink_rag.index.index import KVIndex
-
-    engine = load_engine(model, adapter, dtype or recorded)
-    with KVIndex.open(folder, engine, remote=remote or None, cache_after=cache_after) as opened:
+    with open_index(folder, adapter, dtype, remote) as opened:
         chunks = opened.search(question, k)
         answer = opened.engine.stream(
             question,

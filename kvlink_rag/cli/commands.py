@@ -15,6 +15,7 @@ from kvlink_rag.cli.index import index
 from kvlink_rag.cli.shared import Commands
 from kvlink_rag.cli.store import store_app
 from kvlink_rag.cli.train import train
+from kvlink_rag.cli.tune import tune
 
 app = typer.Typer(
     cls=Commands,
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(index)
 app.command()(ask)
+app.command()(tune)
 app.command()(bench)
 app.command()(train)
 app.command("eval")(evaluate)

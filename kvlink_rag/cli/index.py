@@ -202,7 +202,8 @@ def _update(out: Path, plan: Plan, splitting: Splitting, keeping: Keeping, yes: 
         list_skipped(work.skipped, plan.left_out)
         raise InputError("nothing to index: no file could be read and split")
     # `auto` is measured now, so that what it will take can be said
-    keeping = replace(keeping, codec=resolve_codec(keeping.codec, out / CACHES, engine))
+    codec = resolve_codec(keeping.codec, out / CACHES, engine, work.chunks)
+    keeping = replace(keeping, codec=codec)
     if work.files:
         _announce(out, engine, work, keeping, yes)
     with KVIndex.open(

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from kvlink_rag.errors import InputError, KVLinkError, KVLinkWarning
 if TYPE_CHECKING:
     from kvlink_rag.engine.engine import KVLinkEngine
     from kvlink_rag.index.documents import Document, Skipped
+    from kvlink_rag.index.index import KVIndex
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -78,6 +79,35 @@ def load_engine(model: str, adapter: str = "", dtype: str = "auto") -> KVLinkEng
     return KVLinkEngine.from_pretrained(
         model, store=MemoryStore(), adapter=adapter or None, dtype=dtype
     )
+
+
+def open_index(
+    folder: Path, adapter: str | None = None, dtype: str | None = None, remote: str | None = None
+) -> KVIndex:
+    """An index with chunks in it, and the engine that it was made for.
+
+    Args:
+        adapter, dtype: None takes what is recorded.
+
+    Raises:
+        InputError: there is nothing in it.
+    """
+    from kvlink_rag.index.catalog import IndexCatalog
+    from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
+
+    with closing(IndexCatalog(folder)) as catalog:
+        model = catalog.meta("model") or catalog.meta("model_name") or DEFAULT_MODEL
+        adapter = catalog.meta("adapter") or "" if adapter is None else adapter
+        cache_after = int(catalog.meta("cache_after") or 0)
+        recorded = catalog.meta("dtype") or "auto"
+        if len(catalog) == 0:
+            raise InputError(
+                f"{folder} holds no chunks: run kvlink index PATH... --out {folder} first"
+            )
+    from kvlink_rag.index.index import KVIndex
+
+    engine = load_engine(model, adapter, dtype or recorded)
+    return KVIndex.open(folder, engine, remote=remote or None, cache_after=cache_after)
 
 
 def read_documents(paths: Sequence[str | Path]) -> list[Document]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from kvlink_rag.chunk import Chunk
-from kvlink_rag.engine.pipeline import Pipeline, Started
+from kvlink_rag.engine.pipeline import Pipeline
 from kvlink_rag.engine.report import Report, Stopwatch
 from kvlink_rag.engine.request import Request
 from kvlink_rag.engine.text import TextStream
+from kvlink_rag.runners.base import Generation
 
 FinishReason = Literal["stop", "length"]
 
@@ -70,6 +73,47 @@ class Writing:
         """Why it ended."""
         ended = bool(self.token_ids) and self.token_ids[-1] in self._stop_ids
         return "stop" if ended or self._texts.stopped else "length"
+
+
+class Drawing:
+    """The tokens of one answer, as they come.
+
+    Args:
+        watched: of so many tokens it is kept what they were chosen from.
+
+    Attributes:
+        token_ids, chosen_from: of the tokens watched, and their logits ``[vocab]``.
+    """
+
+    def __init__(self, generation: Generation, watched: int = 0) -> None:
+        self.token_ids: list[int] = []
+        self.chosen_from: list[torch.Tensor] = []
+        self._generation, self._watched = generation, watched
+        self._given = 0
+
+    def next(self) -> int:
+        """The next token."""
+        self._given += 1
+        return self.token_ids[self._given - 1] if self._given <= self.drawn else self._draw()
+
+    def ahead(self, stop_ids: frozenset[int], most: int) -> None:
+        """Draw the tokens that are watched now; fewer where the answer ends before."""
+        while self.drawn < min(self._watched, most) and not stop_ids & {*self.token_ids[-1:]}:
+            self._draw()
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens are watched so far."""
+        return len(self.token_ids)
+
+    def _draw(self) -> int:
+        token = self._generation.next_tokens([0])[0]
+        if self.drawn < self._watched:
+            logits = self._generation.logits(0)
+            assert logits is not None, "check_logits comes first"
+            self.token_ids.append(token)
+            self.chosen_from.append(logits)
+        return token
 
 
 class AnswerStream:
@@ -133,46 +177,49 @@ class AnswerStream:
         checked = pipeline.to_check(request)
         started = pipeline.start(request, watch, request.settings)
         self.report = report = started.report
-        computed = started.computed
+        drawing = Drawing(started.generation, request.fidelity_tokens if checked else 0)
         if checked and request.fidelity_limit is not None:
-            started = self._check(started, watch)
-        token = started.generation.next_tokens([0])[0]
+            drawing = self._check(drawing, watch)
+        token = drawing.next()
         report.sample_s, report.ttft_s = watch.lap(), watch.laps()
-        pieces = self._text_pieces(token, started)
+        pieces = self._text_pieces(token, drawing)
         try:
             piece = next(pieces)
             if piece:
                 yield piece
         finally:  # storing what was missing waits for the first piece, not for a reader who left
-            pipeline.caches.keep(computed)
+            pipeline.caches.keep(started.computed)
         yield from filter(None, pieces)
         report.new_tokens = len(self.token_ids)
         report.total_s = watch.total()
         if checked and request.fidelity_limit is None:  # every piece is out, none waits for it
-            report.fidelity, _ = pipeline.compare(request, started.logits)
+            logits = torch.stack(drawing.chosen_from)
+            report.fidelity, _ = pipeline.compare(request, logits, drawing.token_ids[:-1])
             pipeline.monitor.count(report.fidelity, fell_back=False)
             report.after_s = watch.total() - report.total_s
         pipeline.observers.tell(report)
 
-    def _check(self, started: Started, watch: Stopwatch) -> Started:
+    def _check(self, drawing: Drawing, watch: Stopwatch) -> Drawing:
         """What the answer goes on from: full prefill where the strategy is too far from it."""
-        pipeline, request, report = self._pipeline, self._request, started.report
-        found, full = pipeline.compare(request, started.logits, request.settings)
+        pipeline, request, report = self._pipeline, self._request, self.report
+        drawing.ahead(pipeline.stop_ids, request.settings.max_new_tokens)
+        logits, read = torch.stack(drawing.chosen_from), drawing.token_ids[:-1]
+        found, full = pipeline.compare(request, logits, read, request.settings)
         limit = request.fidelity_limit
         report.fidelity, report.fell_back = found, limit is not None and found.is_beyond(limit)
         pipeline.monitor.count(found, fell_back=report.fell_back)
         report.computed_tokens += full.report.computed_tokens
         report.fidelity_s = watch.lap()
         if not report.fell_back:
-            return started
+            return drawing
         report.strategy, report.reused_tokens, report.recompute = full.report.strategy, 0, 0.0
         report.context_tokens = full.report.context_tokens  # no link tokens among them
-        return replace(full, report=report)
+        return Drawing(full.generation)
 
-    def _text_pieces(self, token: int, started: Started) -> Iterator[str]:
+    def _text_pieces(self, token: int, drawing: Drawing) -> Iterator[str]:
         """One piece a token (may be empty), then what was held back."""
         writing = self._writing
         yield writing.push(token)
         while writing.going:
-            yield writing.push(started.generation.next_tokens([0])[0])
+            yield writing.push(drawing.next())
         yield writing.finish()

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvlink_rag.engine.answer import Answer, Writing
+from kvlink_rag.engine.answer import Answer, AnswerStream, Writing
 from kvlink_rag.engine.pipeline import Pipeline, job_of, parts_of
 from kvlink_rag.engine.report import Report, Stopwatch
 from kvlink_rag.engine.request import Request
+
+
+def answer_all(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:
+    """Answers in the order of the requests, which all have the same options: together, or in turn.
+
+    Raises:
+        InputError: one of them is refused, and nothing is answered.
+    """
+    if not requests:
+        return []
+    first, abilities = requests[0], pipeline.runner.abilities
+    if first.strategy in abilities.together and not first.fidelity_rate:
+        return answer_together(pipeline, requests)
+    for request in requests:  # refuse before the first is answered
+        pipeline.prompts.of(request, request.settings.max_new_tokens)
+    return [AnswerStream(pipeline, request).finished() for request in requests]
 
 
 def answer_together(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer]:

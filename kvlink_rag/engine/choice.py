@@ -1,15 +1,34 @@
-"""What `auto` comes to: the cheapest way whose answers are meant to be those of full prefill."""
+"""What `auto` comes to: the cheapest way whose answers are meant to be those of full prefill.
+
+What a trial on a user's own documents has chosen (:mod:`kvlink_rag.engine.tune`) is kept beside the
+store's caches, and goes before what holds for any model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from kvlink_rag.prompt.segments import Strategy
+from filelock import FileLock
+
+from kvlink_rag.common.whole import write_whole
+from kvlink_rag.engine.report import way_in_words
+from kvlink_rag.errors import KVLinkWarning, StoreError
+from kvlink_rag.prompt.segments import DEFAULT_RECOMPUTE, Strategy
 from kvlink_rag.runners.base import ModelRunner
+from kvlink_rag.store import FolderStore, KVStore
+from kvlink_rag.store.folder.behind import FolderBehind
 
 StrategyOption = Literal["auto", "full", "reuse", "link", "recompute"]
 """What can be asked for: a strategy, or the choice of one."""
+
+FILE = "tuned.json"
+"""In a store's folder: choices, by who reads its caches."""
 
 
 @dataclass(frozen=True)
@@ -18,20 +37,32 @@ class Choice:
 
     Attributes:
         why: a sentence for people.
+        recompute: with `recompute`, the share.
     """
 
     strategy: Strategy
     why: str
+    recompute: float = DEFAULT_RECOMPUTE
+
+    @property
+    def way(self) -> str:
+        """Strategy and share in words."""
+        return way_in_words(self.strategy, self.recompute)
 
 
-def choose(runner: ModelRunner) -> Choice:
+def choose(runner: ModelRunner, tuned: Choice | None = None) -> Choice:
     """The strategy of `auto` for a model.
 
     Plain `reuse` answers worse than full prefill unless the model itself was trained for it, and a
     cache-preserving adapter restores a part only; `recompute` by question comes nearer for both
     (docs/accuracy.md has how near, as far as it was measured).
+
+    Args:
+        tuned: what a trial has chosen; it counts wherever the model can be run so.
     """
     adapter, strategies = runner.adapter, runner.abilities.strategies
+    if tuned is not None and tuned.strategy in strategies:
+        return tuned
     if adapter is not None and adapter.kind == "whole-model" and "reuse" in strategies:
         return Choice("reuse", f"the weights of {adapter.name} were trained for chunks read apart")
     if "recompute" in strategies:
@@ -40,3 +71,75 @@ def choose(runner: ModelRunner) -> Choice:
         "full",
         f"{runner.name} can compute no part of a chunk anew here, and plain reuse answers worse",
     )
+
+
+class Choices:
+    """The choices kept in the folder of a store, for one who reads its caches.
+
+    A store without a folder (memory, others' stores) keeps none.
+
+    Args:
+        behind: token ids that the chunks are encoded behind.
+    """
+
+    def __init__(self, store: KVStore, runner: ModelRunner, behind: Sequence[int]) -> None:
+        adapter = runner.adapter.fingerprint if runner.adapter else ""
+        who = json.dumps([runner.fingerprint, adapter, list(behind)])
+        self._reader = hashlib.sha256(who.encode()).hexdigest()[:32]
+        self.path: Path | None = None
+        if isinstance(store, FolderBehind):
+            store = store.folder_behind()
+        if isinstance(store, FolderStore):
+            self.path = store.path / FILE
+
+    def find(self) -> Choice | None:
+        """What was chosen; None where nothing was, or (warned) it cannot be read."""
+        if self.path is None:
+            return None
+        try:
+            told = self._read(self.path).get(self._reader)
+            return None if told is None else _choice(told)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(
+                f"cannot read what was tuned, {self.path} ({error}): strategy auto does without; "
+                "run kvlink tune again, or remove the file",
+                KVLinkWarning,
+                stacklevel=4,
+            )
+            return None
+
+    def keep(self, choice: Choice) -> None:
+        """Write down what was chosen, wholly or not at all; other readers' choices stay.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        if self.path is None:
+            return
+        try:
+            with FileLock(self.path.with_name(f"{FILE}.lock")):
+                try:
+                    known = self._read(self.path)
+                except ValueError:  # warned of when it was looked for; it is made anew
+                    known = {}
+                known[self._reader] = asdict(choice)
+                write_whole(self.path, json.dumps(known, indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise StoreError(f"cannot write what was tuned to {self.path}: {error}") from error
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            told = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        if not isinstance(told, dict):
+            raise ValueError("it is no JSON object")
+        return told
+
+
+def _choice(told: dict[str, Any]) -> Choice:
+    strategy, share = told["strategy"], float(told["recompute"])
+    if strategy not in ("full", "reuse", "link", "recompute") or not 0 <= share <= 1:
+        raise ValueError(f"strategy {strategy!r}, share {share}")
+    return Choice(strategy, str(told["why"]), share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -15,8 +15,8 @@ from kvlink_rag.chunk import Chunk, as_chunks
 from kvlink_rag.common.asynchronous import in_thread
 from kvlink_rag.common.progress import TokenProgress
 from kvlink_rag.engine.answer import Answer, AnswerStream
-from kvlink_rag.engine.batch import answer_together
-from kvlink_rag.engine.caches import Caches
+from kvlink_rag.engine.batch import answer_all
+from kvlink_rag.engine.choice import Choices
 from kvlink_rag.engine.fidelity import Fidelity, FidelityMonitor, FidelityStats
 from kvlink_rag.engine.indexing import Indexing
 from kvlink_rag.engine.options import AnswerOptions, merged
@@ -25,13 +25,14 @@ from kvlink_rag.engine.prefill import Prefill
 from kvlink_rag.engine.prompts import Prompts
 from kvlink_rag.engine.report import IndexReport, Observers, Stopwatch
 from kvlink_rag.engine.request import Request, check_logits, check_options
-from kvlink_rag.errors import InputError, UnsupportedModelError
+from kvlink_rag.engine.trial import Trial
+from kvlink_rag.engine.tune import TuneSettings, Tuning, tune
 from kvlink_rag.prompt.conversation import Message
 from kvlink_rag.prompt.layout import DEFAULT_BEHIND, EncodeBehind, PromptLayout, PromptTemplate
 from kvlink_rag.runners.base import ModelRunner
 from kvlink_rag.runners.transformers.architecture import Architecture
 from kvlink_rag.runners.transformers.load import Source
-from kvlink_rag.runners.transformers.runner import TransformersRunner
+from kvlink_rag.runners.transformers.runner import TransformersRunner, in_process
 from kvlink_rag.store import KVStore, open_store
 from kvlink_rag.store.memory import UnnamedMemory
 
@@ -57,6 +58,7 @@ class KVLinkEngine:
         layout: the prompt's parts as token ids.
         behind: token ids that chunks are encoded behind.
         options: the defaults of every answer.
+        tuned: what :meth:`tune` chose for ``strategy="auto"``, here or beside the store, or None.
         pipeline: what answers are made with, for those who take a part in it themselves.
         observers: called with each answer's :class:`~kvlink_rag.Report` and each indexing run's
             :class:`~kvlink_rag.IndexReport` once it is complete, in the thread that completed it;
@@ -87,21 +89,12 @@ class KVLinkEngine:
         self._chosen = (encode_behind, prompt)
         if encode_behind is None:
             encode_behind = adapter.encode_behind if adapter else DEFAULT_BEHIND
-        if encode_behind not in get_args(EncodeBehind):
-            raise InputError(
-                f"encode_behind must be one of {get_args(EncodeBehind)}, not {encode_behind!r}"
-            )
         self.behind = tuple(self.layout.behind(encode_behind))
         self.observers = Observers() if observers is None else observers
         prompts = Prompts(runner, self.layout, self.behind)
-        self.pipeline = Pipeline(
-            runner,
-            prompts,
-            Caches(runner, store, prompts),
-            monitor or FidelityMonitor(),
-            self.observers,
-            runner.stop_ids,
-        )
+        self.pipeline = Pipeline.of(runner, store, prompts, monitor, self.observers)
+        self.choices = Choices(store, runner, self.behind)
+        self.tuned = self.choices.find()
 
     @classmethod
     def from_pretrained(
@@ -120,8 +113,7 @@ class KVLinkEngine:
         """Load a model and check that chunk caches are exact for it.
 
         Args:
-            model: hub id, local folder, GGUF file (loaded with dense weights), or a
-                ``(model, tokenizer)`` pair already in memory.
+            model: hub id, folder, GGUF file (loaded dense), or a ``(model, tokenizer)`` pair.
             store: folder for chunk caches, URL, or any store; None keeps them in memory. Codec,
                 budget, encryption, a remote are said to :func:`kvlink_rag.store.open_store`.
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
@@ -167,10 +159,7 @@ class KVLinkEngine:
 
         It keeps the strategy; `link` becomes `reuse` where the other has no link tokens. What this
         engine was given as ``encode_behind`` and ``prompt`` stays; what it was not given is the
-        other adapter's. ``merge_adapter`` None stays as it is.
-
-        Raises:
-            AdapterError: as :meth:`from_pretrained`.
+        other adapter's. ``merge_adapter`` None stays as it is. Errors as :meth:`from_pretrained`.
         """
         trained = None if adapter is None else load_adapter(adapter)
         runner = self.runner.with_adapter(trained, merge=merge_adapter)
@@ -200,6 +189,8 @@ class KVLinkEngine:
             **merged(self.options, changes),
         )
         twin.stop_ids = self.stop_ids if same else twin.stop_ids
+        if same and twin.behind == self.behind:
+            twin.tuned = twin.tuned or self.tuned
         twin.pipeline.caches.tokens_per_s = self.pipeline.caches.tokens_per_s
         return twin
 
@@ -217,26 +208,17 @@ class KVLinkEngine:
     @property
     def model(self) -> PreTrainedModel:
         """What chunks are encoded with, where transformers runs the model."""
-        return self._in_process.model
+        return in_process(self.runner).model
 
     @property
     def reader(self) -> PreTrainedModel:
         """What link tokens, question and answer run through, where transformers runs the model."""
-        return self._in_process.reader
+        return in_process(self.runner).reader
 
     @property
     def architecture(self) -> Architecture:
         """The model's sizes and identity, where transformers runs the model."""
-        return self._in_process.architecture
-
-    @property
-    def _in_process(self) -> TransformersRunner:
-        if not isinstance(self.runner, TransformersRunner):
-            raise UnsupportedModelError(
-                f"{self.name} is run by {type(self.runner).__name__}, which has no model of "
-                "transformers to show: use engine.runner"
-            )
-        return self.runner
+        return in_process(self.runner).architecture
 
     # Indexing
 
@@ -264,8 +246,8 @@ class KVLinkEngine:
     def prefetch(self, chunks: Iterable[str | Chunk]) -> None:
         """Begin to load the caches of chunks that will probably be asked about; returns at once.
 
-        Each is handed to the first answer that needs it; some hundred wait, the oldest are let go
-        of. What is not stored is not computed ahead.
+        Each is handed to the first answer that needs it; some hundred wait. What is not stored is
+        not computed ahead.
 
         Raises:
             InputError: a chunk is empty.
@@ -316,23 +298,16 @@ class KVLinkEngine:
     ) -> list[Answer]:
         """Answers to several questions, each with its own chunks, in their order.
 
-        Where the runner can (``engine.runner.abilities.together``), chunks that several questions
-        share are loaded and held once, and all run through the model together: each answer is there
-        later than alone, all of them sooner. Otherwise, and with a fidelity rate, they are answered
-        one after the other. Nothing is answered if one of them is refused.
+        Where the runner can (``engine.runner.abilities.together``), shared chunks are loaded and
+        held once, and all run through the model together: each answer is there later than alone,
+        all of them sooner. Otherwise, and with a fidelity rate, they are answered in turn. Nothing
+        is answered if one of them is refused.
 
         Args:
             asked: pairs of a question and its chunks; options and errors else as :meth:`answer`.
         """
         requests = [self._request(question, chunks, options) for question, chunks in asked]
-        if not requests:
-            return []
-        first, abilities = requests[0], self.runner.abilities
-        if first.strategy in abilities.together and not first.fidelity_rate:
-            return answer_together(self.pipeline, requests)
-        for request in requests:  # refuse before the first is answered
-            self.pipeline.prompts.of(request, request.settings.max_new_tokens)
-        return [AnswerStream(self.pipeline, request).finished() for request in requests]
+        return answer_all(self.pipeline, requests)
 
     def prefill(
         self,
@@ -342,9 +317,8 @@ class KVLinkEngine:
     ) -> Prefill:
         """Everything up to the logits of the first answer token.
 
-        Caches that were missing are computed in place and stored before this returns. With
-        ``max_new_tokens`` there is room behind the prompt for as many; other settings of decoding
-        mean nothing here.
+        Missing caches are computed in place and stored before this returns. ``max_new_tokens``
+        makes room behind the prompt; other settings of decoding mean nothing here.
 
         Raises:
             InputError, AdapterRequiredError, UnsupportedModelError: as :meth:`answer`.
@@ -364,9 +338,37 @@ class KVLinkEngine:
         options: AnswerOptions,
     ) -> Request:
         self.runner.check_unchanged()
-        return Request.of(question, chunks, options, self.options, self.runner)
+        return Request.of(question, chunks, options, self.options, self.runner, self.tuned)
 
-    # Fidelity
+    def tune(
+        self,
+        chunks: Iterable[str | Chunk] = (),
+        *,
+        asked: Iterable[tuple[str | Sequence[Message], Sequence[str | Chunk]]] = (),
+        settings: TuneSettings | None = None,
+        progress: bool = True,
+    ) -> Tuning:
+        """Find the quickest way whose answers are full prefill's, and let ``auto`` take it.
+
+        Each strategy, and `recompute` at several shares, reads full prefill's answers, and what it
+        would have said is compared (:mod:`kvlink_rag.engine.tune`). The choice is kept beside a
+        store that has a folder, for every engine that opens it with the same model, adapter and
+        ``encode_behind``. Caches that the store lacks are stored.
+
+        Args:
+            chunks: such as will be asked about; the model writes questions itself.
+            asked: questions with their chunks, in place of those.
+
+        Raises:
+            InputError: there are neither chunks nor questions, or one cannot be asked.
+            UnsupportedModelError: what runs the model shows no logits.
+            StoreError: the choice cannot be written; this engine has it all the same.
+        """
+        quiet, its = self.pipeline.unwatched, as_chunks(chunks)
+        tuning = tune(quiet, its, list(asked), self.options, settings or TuneSettings(), progress)
+        self.tuned = tuning.choice
+        self.choices.keep(tuning.choice)
+        return tuning
 
     @property
     def fidelity_stats(self) -> FidelityStats:
@@ -379,19 +381,17 @@ class KVLinkEngine:
         chunks: Iterable[str | Chunk],
         **options: Unpack[AnswerOptions],
     ) -> Fidelity:
-        """How far a strategy's first-token distribution is from that of full prefill.
+        """How far a strategy's distributions are from those of full prefill.
 
-        Both with the same adapter; the full prompt has no link tokens or marks. Not part of the
-        stats. Arguments and errors as :meth:`prefill`.
+        Of the first token, or of ``fidelity_tokens`` of full prefill's answer. Both with the same
+        adapter; the full prompt has no link tokens or marks. Not part of the stats. Arguments and
+        errors as :meth:`prefill`.
         """
         check_logits(self.runner, "fidelity")
         request = self._request(question, chunks, options)
-        started = self.pipeline.start(request, Stopwatch(), None)
-        self.pipeline.caches.keep(started.computed)
-        return self.pipeline.compare(request, started.logits)[0]
+        return Trial(self.pipeline, request, request.fidelity_tokens).fidelity(request)[0]
 
-    # Async twins: the work runs in a thread, the event loop stays free.
-
+    # In a thread: the event loop stays free.
     aindex = in_thread(index)
     aprefill = in_thread(prefill)
     afidelity = in_thread(fidelity)

@@ -1,4 +1,4 @@
-"""Fidelity: how far an answer's first-token distribution is from that of full prefill."""
+"""Fidelity: how far the distributions that an answer is chosen from are from full prefill's."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The distance of a strategy's first-token distribution ``q`` from full prefill's ``p``.
+    """The distance of a strategy's distributions ``q`` from full prefill's ``p``.
+
+    Of the first token, or of several: then both have read the same tokens of the answer before it.
 
     Attributes:
         kl_nats: Kullback-Leibler divergence ``KL(p || q) = sum_t p(t) (ln p(t) - ln q(t))`` over
             the vocabulary, both at temperature 1; 0 or more, infinite where ``q`` rules out what
-            ``p`` allows.
-        total_variation: ``sum_t |p(t) - q(t)| / 2``, in 0 ... 1.
-        same_token: whether the most likely token is the same.
+            ``p`` allows. The mean over the tokens compared.
+        total_variation: ``sum_t |p(t) - q(t)| / 2``, in 0 ... 1; the mean.
+        same_token: whether the most likely token is the same, at each place compared.
+        tokens: how many were compared.
+        other_tokens: at how many the most likely token is another.
     """
 
     kl_nats: float
     total_variation: float
     same_token: bool
+    tokens: int = 1
+    other_tokens: int = 0
 
     def is_beyond(self, limit: float) -> bool:
         """Whether an answer is to fall back to full prefill."""
@@ -36,16 +42,18 @@ class Fidelity:
 
 
 def compare(full: torch.Tensor, other: torch.Tensor) -> Fidelity:
-    """The fidelity of logits ``other`` to logits ``full``, both ``[vocab]`` float32."""
-    ln_p, ln_q = (logits.double().log_softmax(-1) for logits in (full, other))
-    p, q = ln_p.exp(), ln_q.exp()
-    terms = torch.where(p > 0, p * (ln_p - ln_q), 0.0)
-    return Fidelity(
+    """The fidelity of logits ``other`` to ``full``, both ``[vocab]`` or ``[tokens, vocab]``."""
+    kl = total = 0.0
+    rows = list(zip(full.view(-1, full.shape[-1]), other.view(-1, full.shape[-1]), strict=True))
+    for one, its in rows:
+        ln_p, ln_q = (logits.double().log_softmax(-1) for logits in (one, its))
+        p, q = ln_p.exp(), ln_q.exp()
         # float64 rounding may leave equal distributions a hair below 0
-        kl_nats=max(float(terms.sum()), 0.0),
-        total_variation=float((p - q).abs().sum() / 2),
-        same_token=bool(full.argmax() == other.argmax()),
-    )
+        kl += max(float(torch.where(p > 0, p * (ln_p - ln_q), 0.0).sum()), 0.0)
+        total += float((p - q).abs().sum() / 2)
+    others = sum(bool(one.argmax() != its.argmax()) for one, its in rows)
+    count = len(rows)
+    return Fidelity(kl / count, total / count, not others, count, others)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class FidelityStats:
         checked: answers compared with full prefill.
         fallbacks: of these, how many were above the limit and answered from full prefill.
         mean_kl_nats, max_kl_nats: over the checked answers; 0 without any.
-        other_token_share: share of the checked answers whose most likely first token differs.
+        other_token_share: share of the checked answers where a most likely token differs.
     """
 
     checked: int = 0
@@ -75,6 +83,17 @@ def check_rate(rate: float) -> float:
     if not 0 <= rate <= 1:
         raise InputError(f"fidelity_rate must be in 0 ... 1, not {rate}")
     return rate
+
+
+def check_tokens(tokens: int) -> int:
+    """How many tokens of an answer are compared.
+
+    Raises:
+        InputError: it is no int >= 1.
+    """
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise InputError(f"fidelity_tokens is {tokens!r}: pass how many, an int >= 1")
+    return tokens
 
 
 def check_limit(limit: float | None) -> float | None:

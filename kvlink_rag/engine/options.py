@@ -40,6 +40,9 @@ class AnswerOptions(TypedDict, total=False):
             strategy `full` or without chunks are never checked. 0.
         fidelity_limit: divergence from full prefill (KL, nats) above which a checked answer is that
             of full prefill instead. The check then comes before the first token.
+        fidelity_tokens: how many tokens of a checked answer are compared, if it has as many: full
+            prefill reads the answer's own. With a limit they are made before the first is handed
+            out. 1.
         max_new_tokens: the most tokens to produce; 64.
         temperature: 0 (default) is greedy; above it, sampling.
         top_p: sample from the smallest set of tokens with this probability (nucleus sampling); 1.
@@ -54,6 +57,7 @@ class AnswerOptions(TypedDict, total=False):
     recompute_by: RecomputeBy | None
     fidelity_rate: float | None
     fidelity_limit: float | None
+    fidelity_tokens: int | None
     max_new_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -72,6 +76,7 @@ class Options:
     recompute_by: RecomputeBy = "question"
     fidelity_rate: float = 0.0
     fidelity_limit: float | None = None
+    fidelity_tokens: int = 1
     settings: GenerateSettings = field(default_factory=GenerateSettings)
 
 

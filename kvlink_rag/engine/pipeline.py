@@ -16,6 +16,7 @@ from kvlink_rag.engine.report import Observers, Report, Stopwatch
 from kvlink_rag.engine.request import Request, check_logits
 from kvlink_rag.prompt.segments import Prompt
 from kvlink_rag.runners.base import GenerateSettings, Generation, Job, ModelRunner
+from kvlink_rag.store import KVStore
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Started:
         assert logits is not None, "check_logits comes first"
         return logits
 
+    def along(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Logits of the first answer token, and behind each of these, ``[1 + tokens, vocab]``."""
+        first = self.logits[None]
+        if not token_ids:
+            return first
+        return torch.cat([first, self.generation.look_ahead(0, token_ids)])
+
     def prefill(self) -> Prefill:
         """It as users see it."""
         its, token_ids = self.generation.prefilled[0], self.prompt.token_ids
@@ -51,6 +59,24 @@ class Pipeline:
     monitor: FidelityMonitor
     observers: Observers
     stop_ids: frozenset[int]
+
+    @classmethod
+    def of(
+        cls,
+        runner: ModelRunner,
+        store: KVStore,
+        prompts: Prompts,
+        monitor: FidelityMonitor | None,
+        observers: Observers,
+    ) -> Pipeline:
+        """Of a runner and a store."""
+        caches, watch = Caches(runner, store, prompts), monitor or FidelityMonitor()
+        return cls(runner, prompts, caches, watch, observers, runner.stop_ids)
+
+    @property
+    def unwatched(self) -> Pipeline:
+        """One whose work nobody is told of."""
+        return replace(self, observers=Observers())
 
     def start(
         self,
@@ -98,15 +124,22 @@ class Pipeline:
         return self.monitor.choose(request.fidelity_rate)
 
     def compare(
-        self, request: Request, logits: torch.Tensor, settings: GenerateSettings | None = None
+        self,
+        request: Request,
+        logits: torch.Tensor,
+        token_ids: Sequence[int],
+        settings: GenerateSettings | None = None,
     ) -> tuple[Fidelity, Started]:
-        """How far logits ``[vocab]`` are from full prefill, and the full prefill itself.
+        """How far an answer is from full prefill, and the full prefill itself.
 
         Args:
+            logits: ``[1 + tokens, vocab]``, of the answer's first tokens.
+            token_ids: the answer up to the last of those, which full prefill reads as well.
             settings: of the answer that may go on from it.
         """
-        full = self.start(replace(request, strategy="full"), Stopwatch(), settings)
-        return compare(full.logits, logits), full
+        room = max(len(token_ids), settings.max_new_tokens if settings else 0)
+        full = self.start(replace(request, strategy="full"), Stopwatch(), settings, room)
+        return compare(full.along(token_ids), logits), full
 
 
 def job_of(

@@ -22,6 +22,11 @@ PARTS = (
 """Of the time to the first token."""
 
 
+def way_in_words(strategy: str, share: float) -> str:
+    """A strategy, and with `recompute` the share, such as `recompute 15 %`."""
+    return strategy + (f" {100 * share:.3g} %" if strategy == "recompute" and share else "")
+
+
 @dataclass
 class Report:
     """Time, hits and tokens of one answer. Times are wall seconds.
@@ -88,7 +93,7 @@ class Report:
     @property
     def way(self) -> str:
         """Strategy and share in words, such as `recompute 15 %`."""
-        return self.strategy + (f" {100 * self.recompute:.3g} %" if self.recompute else "")
+        return way_in_words(self.strategy, self.recompute)
 
     @property
     def decode_s_per_token(self) -> float:

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 from kvlink_rag.adapters.load import shipped_adapters
 from kvlink_rag.chunk import Chunk, as_chunks
 from kvlink_rag.engine.choice import Choice, StrategyOption, choose
-from kvlink_rag.engine.fidelity import check_limit, check_rate
+from kvlink_rag.engine.fidelity import check_limit, check_rate, check_tokens
 from kvlink_rag.engine.options import AnswerOptions, filled, merged
 from kvlink_rag.engine.report import Report
 from kvlink_rag.errors import AdapterRequiredError, InputError, UnsupportedModelError
@@ -37,6 +37,7 @@ class Request:
     tools: Sequence[Mapping[str, Any]]
     fidelity_rate: float
     fidelity_limit: float | None
+    fidelity_tokens: int
     settings: GenerateSettings
 
     @classmethod
@@ -47,29 +48,34 @@ class Request:
         given: AnswerOptions,
         defaults: AnswerOptions,
         runner: ModelRunner,
+        tuned: Choice | None = None,
     ) -> Request:
         """A question with its chunks and options.
 
         Args:
             given: options of this one; ``defaults`` are the engine's.
+            tuned: what a trial has chosen for `auto`. A share that is given goes before its.
 
         Raises:
             InputError: question, chunks or an option have no meaning.
             AdapterRequiredError, UnsupportedModelError: the strategy cannot be had.
         """
-        options = filled(merged(defaults, given))
-        choice = _chosen(options.strategy, runner)
+        known = merged(defaults, given)
+        options = filled(known)
+        choice = _chosen(options.strategy, runner, tuned)
+        share = options.recompute if "recompute" in known else choice.recompute
         return cls(
             messages=_messages(question, given.get("system"), defaults.get("system")),
             chunks=as_chunks(chunks),
             asked=options.strategy,
             strategy=choice.strategy,
             why=choice.why,
-            recompute=check_recompute(options.recompute),
+            recompute=check_recompute(share),
             recompute_by=check_recompute_by(options.recompute_by),
             tools=options.tools,
             fidelity_rate=check_rate(options.fidelity_rate),
             fidelity_limit=check_limit(options.fidelity_limit),
+            fidelity_tokens=check_tokens(options.fidelity_tokens),
             settings=options.settings,
         )
 
@@ -99,8 +105,10 @@ def _messages(
     return messages
 
 
-def _chosen(asked: str, runner: ModelRunner) -> Choice:
-    return choose(runner) if asked == "auto" else Choice(check_strategy(asked, runner), "")
+def _chosen(asked: str, runner: ModelRunner, tuned: Choice | None) -> Choice:
+    if asked == "auto":
+        return choose(runner, tuned)
+    return Choice(check_strategy(asked, runner), "")
 
 
 def check_strategy(strategy: str, runner: ModelRunner) -> Strategy:

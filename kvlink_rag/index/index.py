@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvlink_rag.chunk import Chunk, ScoredChunk, as_chunks
 from kvlink_rag.common.progress import Parts, TokenProgress, bar, token_progress
+from kvlink_rag.engine.questions import Case, spread, write_questions
+from kvlink_rag.engine.tune import TuneSettings, Tuning
 from kvlink_rag.errors import IndexMismatchError, InputError, StoreError
 from kvlink_rag.index import catalog as sql
 from kvlink_rag.index import check as index_check
@@ -97,12 +99,9 @@ class KVIndex:
                 ``raw``, or what the index has; ``auto`` measures for a new one which does
                 (:func:`kvlink_rag.tuning.codec.choose_codec`).
             budget: most bytes that its caches may take (:class:`kvlink_rag.store.FolderStore`).
-                What is removed to keep it is computed again when it is needed.
             encryption_key: of its caches (:class:`kvlink_rag.store.FolderStore`). Texts, vectors
                 and ids are not encrypted: keep the folder on an encrypted disk for that.
-            remote: shares its caches with other machines (:func:`kvlink_rag.store.open_store`).
-            cache_after: 0 stores caches when chunks are added, n when they are retrieved for the
-                n-th time (:func:`kvlink_rag.store.open_store`).
+            remote, cache_after: as for :func:`kvlink_rag.store.open_store`.
 
         Raises:
             StoreError: the folder cannot be used, is damaged, or a newer version made it.
@@ -210,6 +209,22 @@ class KVIndex:
     def stream(self, question: str, k: int = 4, **settings: Any) -> AnswerStream:
         """Search, and answer piece by piece; ``settings`` are those of ``engine.stream``."""
         return self.engine.stream(question, self.search(question, k), **settings)
+
+    def tune(self, questions: Iterable[str] = (), settings: TuneSettings | None = None) -> Tuning:
+        """Find what ``strategy="auto"`` is to be here, by :meth:`cases` (KVLinkEngine.tune)."""
+        settings = settings or TuneSettings()
+        return self.engine.tune(asked=self.cases(questions, settings), settings=settings)
+
+    def cases(self, questions: Iterable[str], settings: TuneSettings) -> list[Case]:
+        """Questions as they would be asked, each with the chunks that are found for it.
+
+        Where there are none, the model writes some about chunks from all over the index.
+        """
+        asked = list(questions)
+        if not asked:
+            about = self.get(spread(self.ids(), settings.questions))
+            asked = write_questions(self.engine.pipeline.unwatched, about)
+        return [(question, self.search(question, settings.k)) for question in asked]
 
     def get(self, ids: Iterable[str]) -> list[Chunk]:
         """Chunks by id, in the order asked for; unknown ids are left out."""

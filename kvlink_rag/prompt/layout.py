@@ -220,7 +220,12 @@ class PromptLayout:
 
         They change neither with the user's system prompt nor with the day's date that some chat
         templates insert.
+
+        Raises:
+            InputError: there is no such mode.
         """
+        if mode not in get_args(EncodeBehind):
+            raise InputError(f"encode_behind must be one of {get_args(EncodeBehind)}, not {mode!r}")
         if mode == "alone":
             return []
         system = "" if mode == "header" else None

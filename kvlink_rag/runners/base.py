@@ -157,6 +157,24 @@ class Generation(Protocol):
         """
         ...
 
+    def logits(self, row: int) -> torch.Tensor | None:
+        """What the row's last token was chosen from, ``[vocab]`` float32.
+
+        Before the first token, those it will be chosen from; None where the runner shows none.
+        """
+        ...
+
+    def look_ahead(self, row: int, token_ids: Sequence[int]) -> torch.Tensor:
+        """What the model would say behind each of these tokens (one or more), if they came next.
+
+        Stands before the row's first token, and leaves the row as it is. Only asked of runners that
+        show logits.
+
+        Returns:
+            logits ``[tokens, vocab]`` float32.
+        """
+        ...
+
 
 @runtime_checkable
 class ModelRunner(Protocol):

@@ -19,9 +19,11 @@ from kvlink_rag.common.corpus import corpus_files, paragraphs
 from kvlink_rag.common.progress import bar
 from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.engine.fidelity import compare
+from kvlink_rag.engine.questions import Case, write_cases
+from kvlink_rag.engine.trial import Trial
 from kvlink_rag.errors import InputError
 from kvlink_rag.store import KVStore, is_store
-from kvlink_rag.tuning.trial import store_wanted, trial_engines
+from kvlink_rag.tuning.trial import reuse_of, store_wanted, trial_engines
 
 AUTO = "auto"
 """In place of a codec's name: the one that is chosen by measuring."""
@@ -36,9 +38,6 @@ tokens as they were, fp8 0.0189 and 92 %, int4 0.0667 and 85 %: the bound lies b
 shows and what shows in one answer of twelve. Reading chunks apart adds far more by itself (`reuse`
 without an adapter 0.17 nats to full prefill, over :func:`built_in_cases`).
 """
-
-Case = tuple[str, Sequence[str | Chunk]]
-"""A question and its chunks."""
 
 BUILT_IN = (
     ("Who was the first head of the Federal Energy Office?", "William E. Simon as the first"),
@@ -61,6 +60,10 @@ BUILT_IN = (
 answers each."""
 
 CHUNKS_PER_CASE = 5
+QUESTIONS = 12
+"""That the model writes about chunks."""
+TOKENS = 16
+"""Of each answer, compared."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class CodecMeasure:
 
     Attributes:
         bytes_per_token: of files, headers included.
-        kl_nats: mean divergence that it adds: ``KL(raw || coded)`` of the first token's
-            distribution, over the cases.
+        kl_nats: mean divergence that it adds: ``KL(raw || coded)`` of a token's distribution, over
+            the tokens of full prefill's answers.
     """
 
     codec: str
@@ -111,10 +114,11 @@ def choose_codec(
     bound: float = BOUND,
     progress: bool = True,
 ) -> CodecChoice:
-    """The smallest codec that leaves the first token's distribution nearly as it is.
+    """The smallest codec that leaves the distributions of answers' tokens nearly as they are.
 
-    Each question is prefilled with strategy `reuse` from caches of every codec, in temporary
-    folders, and compared with `raw` ones. The engine's own store is left alone.
+    Full prefill's answer to each question is read with strategy `reuse` from caches of every codec,
+    in temporary folders, and what the model would have said at each token is compared with `raw`
+    ones (:class:`kvlink_rag.engine.trial.Trial`). The engine's own store is left alone.
 
     Args:
         engine: with the model, and adapter, that will read the caches.
@@ -136,18 +140,21 @@ def choose_codec(
         bar("Choosing a codec", len(given), enabled=progress) as show,
     ):
         refused: dict[str, str] = {}
-        sums = dict.fromkeys(twins, 0.0)
+        sums, tokens = dict.fromkeys(twins, 0.0), 0
         for done, (question, chunks) in enumerate(given, 1):
             refused |= store_wanted(twins, question, chunks)
-            raw = twins[RAW].prefill(question, chunks, strategy="reuse").logits
+            request = reuse_of(engine, question, chunks)
+            trial = Trial(twins[RAW].pipeline, request, TOKENS)
+            raw, _ = trial.read(request)
+            tokens += len(raw)
             for codec, twin in twins.items():
                 if codec != RAW:
-                    coded = twin.prefill(question, chunks, strategy="reuse").logits
-                    sums[codec] += compare(raw, coded).kl_nats
+                    coded, _ = trial.read(request, twin.pipeline)
+                    sums[codec] += compare(raw, coded).kl_nats * len(raw)
             show(done)
         stats = {codec: twin.store.stat() for codec, twin in twins.items()}
     measured = [
-        CodecMeasure(codec, stat.nbytes / stat.tokens, sums[codec] / len(given))
+        CodecMeasure(codec, stat.nbytes / stat.tokens, sums[codec] / tokens)
         for codec, stat in stats.items()
     ]
     measured.sort(key=lambda each: each.bytes_per_token)
@@ -156,7 +163,10 @@ def choose_codec(
 
 
 def resolve_codec(
-    codec: str | None, store: str | os.PathLike[str] | KVStore | None, engine: KVLinkEngine
+    codec: str | None,
+    store: str | os.PathLike[str] | KVStore | None,
+    engine: KVLinkEngine,
+    chunks: Sequence[Chunk] = (),
 ) -> str | None:
     """What to open a store with where `auto` may be said for a codec.
 
@@ -164,6 +174,7 @@ def resolve_codec(
         codec: None or a codec's name, which is returned as it is, or `auto`.
         store: a folder; or a store or None (memory), which have their codec.
         engine: to measure with (:func:`choose_codec`) where `auto` is for a folder that is new.
+        chunks: that it will hold, where that is known: the model asks itself about some of them.
 
     Returns:
         a codec's name; None for that of the store.
@@ -179,7 +190,10 @@ def resolve_codec(
             "codec 'auto' is for a folder: all who share a URL need the same codec, so choose it "
             "once with kvlink_rag.tuning.codec.choose_codec and name it"
         )
-    return None if is_store(store) else choose_codec(engine).codec
+    if is_store(store):
+        return None
+    cases = write_cases(engine.pipeline.unwatched, chunks, QUESTIONS, CHUNKS_PER_CASE)
+    return choose_codec(engine, cases or None).codec
 
 
 def built_in_cases() -> list[Case]:

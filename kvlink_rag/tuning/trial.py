@@ -13,6 +13,7 @@ from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.engine.report import Observers
 from kvlink_rag.engine.request import Request
 from kvlink_rag.errors import StoreError
+from kvlink_rag.prompt.conversation import Message
 from kvlink_rag.prompt.segments import Prompt
 from kvlink_rag.store import FolderStore
 from kvlink_rag.store.codec import CODECS, codec_for
@@ -37,18 +38,29 @@ def trial_engines(
         yield twins
 
 
-def prompt_of(engine: KVLinkEngine, question: str, chunks: Sequence[str | Chunk]) -> Prompt:
+Asked = str | Sequence[Message]
+
+
+def reuse_of(engine: KVLinkEngine, question: Asked, chunks: Sequence[str | Chunk]) -> Request:
+    """The request for `reuse`.
+
+    Raises:
+        InputError: question or chunks have no meaning.
+    """
+    return Request.of(question, chunks, {"strategy": "reuse"}, {}, engine.runner)
+
+
+def prompt_of(engine: KVLinkEngine, question: Asked, chunks: Sequence[str | Chunk]) -> Prompt:
     """The prompt of `reuse`, with room for the first token.
 
     Raises:
         InputError: it is too long, or empty.
     """
-    request = Request.of(question, chunks, {"strategy": "reuse"}, {}, engine.runner)
-    return engine.pipeline.prompts.of(request, 1)
+    return engine.pipeline.prompts.of(reuse_of(engine, question, chunks), 1)
 
 
 def store_wanted(
-    twins: dict[str, KVLinkEngine], question: str, chunks: Sequence[str | Chunk]
+    twins: dict[str, KVLinkEngine], question: Asked, chunks: Sequence[str | Chunk]
 ) -> dict[str, str]:
     """Compute what a prompt wants, and store it in every twin.
 

@@ -15,6 +15,8 @@ import torch
 from kvlink_rag import InputError
 from kvlink_rag.engine.fidelity import Fidelity, FidelityMonitor, FidelityStats, compare
 from kvlink_rag.engine.pipeline import Pipeline
+from kvlink_rag.engine.report import Stopwatch
+from kvlink_rag.engine.request import Request
 
 CHUNKS = [
     "The tower is 330 m tall.",
@@ -280,6 +282,100 @@ class TestFallback:
         assert answer.report.strategy == strategy
         assert answer.report.context_tokens == expected.report.context_tokens
         assert answer.report.fidelity == plain.fidelity(QUESTION, CHUNKS)
+
+
+class TestSeveralTokens:
+    """What more than the first token is compared by: one pass over prompt and answer together."""
+
+    @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2"])
+    @pytest.mark.parametrize("strategy", ["full", "reuse", "recompute"])
+    def test_looking_ahead_is_one_pass_over_all(self, name, strategy):
+        one = engine(name=name)
+        tokens = one.answer(QUESTION, CHUNKS, strategy=strategy, max_new_tokens=6).token_ids
+        request = Request.of(QUESTION, CHUNKS, {"strategy": strategy}, {}, one.runner)
+        started = one.pipeline.start(request, Stopwatch(), None, len(tokens))
+        found = started.along(tokens[:-1])
+        assert found.shape[0] == 6
+        prefill = one.prefill(QUESTION, CHUNKS, strategy=strategy, max_new_tokens=6)
+        expected = [prefill.logits, *(prefill.run([token]) for token in tokens[:-1])]
+        torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
+        assert found.argmax(-1).tolist() == tokens
+        # and it leaves the prompt as it was
+        torch.testing.assert_close(started.along(tokens[:-1]), found, atol=1e-5, rtol=1e-5)
+        model = one.model(torch.tensor([[*started.prompt.token_ids, *tokens[:-1]]])).logits[0, -6:]
+        difference = (model.float() - found).abs().max()
+        assert (difference < 1e-4) == (strategy == "full")
+
+    def test_the_mean_over_the_tokens(self):
+        p, q = torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(0))
+        each = [compare(one, its) for one, its in zip(p, q, strict=True)]
+        found = compare(p, q)
+        assert found.tokens == 4
+        assert found.kl_nats == pytest.approx(sum(one.kl_nats for one in each) / 4)
+        assert found.total_variation == pytest.approx(sum(o.total_variation for o in each) / 4)
+        assert found.other_tokens == sum(not one.same_token for one in each) > 0
+        assert not found.same_token
+        assert compare(p, p) == Fidelity(0.0, 0.0, same_token=True, tokens=4)
+
+    def test_an_answer_is_read_by_full_prefill(self):
+        one = engine(fidelity_rate=1.0, fidelity_tokens=5)
+        answer = one.answer(QUESTION, CHUNKS, max_new_tokens=12, temperature=2.0, seed=3)
+        found, tokens = answer.report.fidelity, answer.token_ids
+        logits = []
+        for strategy in ("full", "reuse"):
+            prefill = one.prefill(QUESTION, CHUNKS, strategy=strategy, max_new_tokens=5)
+            rows = [prefill.logits, *(prefill.run([token]) for token in tokens[:4])]
+            logits.append(torch.stack(rows))
+        expected = compare(*logits)
+        assert found.tokens == 5
+        assert found.kl_nats == pytest.approx(expected.kl_nats, rel=1e-3)
+        assert found.other_tokens == expected.other_tokens
+        assert answer.report.after_s > 0
+
+    @pytest.mark.parametrize("most", [1, 3])
+    def test_shorter_answers(self, most):
+        one = engine(fidelity_rate=1.0, fidelity_tokens=5)
+        assert one.answer(QUESTION, CHUNKS, max_new_tokens=most).report.fidelity.tokens == most
+
+    @pytest.mark.parametrize("limit", [0.0, math.inf])
+    def test_with_a_limit_they_come_before_the_first(self, limit):
+        one = engine(fidelity_rate=1.0, fidelity_limit=limit, fidelity_tokens=5)
+        hot = {"temperature": 2.0, "seed": 3, "max_new_tokens": 12}
+        answer = one.answer(QUESTION, CHUNKS, **hot)
+        strategy = "reuse" if limit else "full"
+        expected = engine().answer(QUESTION, CHUNKS, strategy=strategy, **hot)
+        assert answer.token_ids == expected.token_ids
+        assert answer.text == expected.text
+        report = answer.report
+        assert (report.fell_back, report.fidelity.tokens) == (not limit, 5)
+        assert report.ttft_s == pytest.approx(sum(getattr(report, part) for part in PARTS))
+
+    def test_an_end_token_ends_what_is_compared(self):
+        one = engine()
+        tokens = one.answer(QUESTION, CHUNKS, max_new_tokens=6).token_ids
+        one.stop_ids = frozenset([tokens[2]])
+        options = {"fidelity_rate": 1.0, "fidelity_limit": math.inf, "fidelity_tokens": 6}
+        answer = one.answer(QUESTION, CHUNKS, max_new_tokens=6, **options)
+        assert answer.token_ids == tokens[: tokens.index(tokens[2]) + 1]
+        assert answer.report.fidelity.tokens == len(answer.token_ids)
+
+    def test_asked_for(self):
+        one = engine()
+        found = one.fidelity(QUESTION, CHUNKS, fidelity_tokens=6)
+        tokens = one.answer(QUESTION, CHUNKS, strategy="full", max_new_tokens=6).token_ids
+        logits = []
+        for strategy in ("full", "reuse"):
+            prefill = one.prefill(QUESTION, CHUNKS, strategy=strategy, max_new_tokens=6)
+            rows = [prefill.logits, *(prefill.run([token]) for token in tokens[:-1])]
+            logits.append(torch.stack(rows))
+        expected = compare(*logits)
+        assert (found.tokens, found.other_tokens) == (6, expected.other_tokens)
+        assert found.kl_nats == pytest.approx(expected.kl_nats, rel=1e-3)
+
+    @pytest.mark.parametrize("tokens", [0, -1, 1.5, True])
+    def test_numbers_that_are_none(self, tokens):
+        with pytest.raises(InputError, match=f"fidelity_tokens is {tokens}"):
+            engine(fidelity_tokens=tokens)
 
 
 class TestStats:

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from kvlink_rag import InputError, KVLinkEngine
+from kvlink_rag import Chunk, InputError, KVLinkEngine
 from kvlink_rag.common.corpus import corpus_files, paragraphs
 from kvlink_rag.engine.fidelity import compare
 from kvlink_rag.store import FolderStore, MemoryStore, open_store
@@ -36,14 +36,17 @@ class Coded(MemoryStore):
 
 
 def divergence(engine: KVLinkEngine, codec: str) -> float:
+    """KL over all tokens of full prefill's answers, each way read token by token."""
     found = []
     for question, chunks in CASES:
+        tokens = engine.answer(question, chunks, strategy="full", max_new_tokens=16).token_ids
         logits = []
         for store in (MemoryStore(), Coded(codec)):
             twin = engine.with_store(store)
             twin.prefill(question, chunks)
-            logits.append(twin.prefill(question, chunks).logits)  # now from the store
-        found.append(compare(*logits).kl_nats)
+            prefill = twin.prefill(question, chunks, max_new_tokens=16)  # now from the store
+            logits.append([prefill.logits, *(prefill.run([token]) for token in tokens[:-1])])
+        found += [compare(raw, other).kl_nats for raw, other in zip(*logits, strict=True)]
     return sum(found) / len(found)
 
 
@@ -169,8 +172,8 @@ class TestAuto:
         """How often a codec was chosen; by few cases, within any bound."""
         calls = []
 
-        def choose(engine):
-            calls.append(engine)
+        def choose(engine, cases=None):
+            calls.append(cases)
             return choose_codec(engine, CASES, bound=1e9, progress=False)
 
         monkeypatch.setattr("kvlink_rag.tuning.codec.choose_codec", choose)
@@ -184,6 +187,15 @@ class TestAuto:
         assert again.store.codec == "int4"
         assert again.answer("?", CHUNKS, max_new_tokens=1).report.hits == 2
         assert len(counted) == 1
+
+    def test_chunks_that_are_known_are_asked_about(self, tmp_path, counted):
+        engine, chunks = tiny.engine(), [Chunk(text) for text in CHUNKS]
+        resolve_codec("auto", tmp_path / "one", engine, chunks)
+        ((first, its), *_) = counted[0]
+        assert first
+        assert set(its) == set(chunks)
+        resolve_codec("auto", tmp_path / "other", engine)
+        assert counted[1] is None
 
     def test_twins(self, tmp_path, counted):
         engine = tiny.engine()

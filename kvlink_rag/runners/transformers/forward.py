@@ -24,6 +24,7 @@ def run_behind(
     links: LinkTokens | None = None,
     *,
     fast: bool = True,
+    last: int = 1,
 ) -> torch.Tensor:
     """Run tokens right behind what the cache holds; they see everything before them.
 
@@ -34,9 +35,10 @@ def run_behind(
         links: link tokens that may be among ``token_ids``.
         fast: by our own attention (:func:`fast_attention`); without, by the model's, whose rounding
             makes half-precision answers those of ``model.generate`` to the last token.
+        last: of so many tokens the logits are wanted.
 
     Returns:
-        logits of the last token, ``[vocab]`` float32.
+        logits of the last token, ``[vocab]`` float32; of several, ``[last, vocab]``.
     """
     start = cache.get_seq_length()
     ids = torch.tensor([list(token_ids)], device=cache.key_buffer.device)
@@ -47,10 +49,10 @@ def run_behind(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
-    logits: torch.Tensor = out.logits[0, -1].float()
-    return logits
+    logits: torch.Tensor = out.logits[0, -last:].float()
+    return logits[0] if last == 1 else logits
 
 
 @torch.inference_mode()

@@ -35,6 +35,7 @@ class TransformersGeneration:
             Sampler(job.settings, device) if job.settings is not None else None for job in jobs
         ]
         self._last: list[Any] = [None] * len(jobs)  # tokens
+        self._chosen_from: list[torch.Tensor | None] = [each.logits for each in prefilled]
 
     def next_tokens(self, rows: Sequence[int]) -> list[int]:
         """As :meth:`kvlink_rag.runners.base.Generation.next_tokens`."""
@@ -45,6 +46,15 @@ class TransformersGeneration:
         with self._lock:
             return [self._choose(r, its) for r, its in zip(rows, self._behind(rows), strict=True)]
 
+    def logits(self, row: int) -> torch.Tensor | None:
+        """As :meth:`kvlink_rag.runners.base.Generation.logits`."""
+        return self._chosen_from[row]
+
+    def look_ahead(self, row: int, token_ids: Sequence[int]) -> torch.Tensor:
+        """As :meth:`kvlink_rag.runners.base.Generation.look_ahead`."""
+        with self._lock:
+            return self._states[row].look_ahead(token_ids)
+
     def _first(self, row: int) -> torch.Tensor:
         logits = self.prefilled[row].logits
         assert logits is not None
@@ -54,6 +64,7 @@ class TransformersGeneration:
         sampler = self._samplers[row]
         assert sampler is not None, "a job without settings generates nothing"
         token = sampler.choose(logits)
+        self._chosen_from[row] = logits
         self._last[row] = token
         return token
 

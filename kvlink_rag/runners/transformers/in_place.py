@@ -79,10 +79,10 @@ class LinkedContext:
         """Hide what spans hold at these positions: those tokens are computed anew."""
         self._visibility.hide(positions)
 
-    def forget(self) -> None:
-        """Forget all tokens but the spans'."""
-        self.positions = []
-        self.own.set_length(0)
+    def forget(self, keep: int = 0) -> None:
+        """Forget all tokens but the spans' and the first ``keep`` that were computed."""
+        self.positions = self.positions[:keep]
+        self.own.set_length(keep)
 
     def expect(self, positions: Sequence[int]) -> None:
         """Prepare for new tokens at these positions: who sees what."""

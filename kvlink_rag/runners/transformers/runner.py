@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlink_rag.adapters.adapter import Adapter
-from kvlink_rag.errors import InputError
+from kvlink_rag.errors import InputError, UnsupportedModelError
 from kvlink_rag.prompt.segments import Strategy
-from kvlink_rag.runners.base import Abilities, Encoded, Job
+from kvlink_rag.runners.base import Abilities, Encoded, Job, ModelRunner
 from kvlink_rag.runners.transformers import one_query
 from kvlink_rag.runners.transformers.architecture import Architecture, inspect_model
 from kvlink_rag.runners.transformers.context import ContextCache
@@ -214,3 +214,17 @@ class TransformersRunner:
             cache.place(span.record, span.start, self.architecture.groups)
         cache.set_length(prompt.segments[-1].start)
         return cache
+
+
+def in_process(runner: ModelRunner) -> TransformersRunner:
+    """A runner as one whose model can be shown.
+
+    Raises:
+        UnsupportedModelError: it is another kind.
+    """
+    if not isinstance(runner, TransformersRunner):
+        raise UnsupportedModelError(
+            f"{runner.name} is run by {type(runner).__name__}, which has no model of transformers "
+            "to show: use engine.runner"
+        )
+    return runner

@@ -56,6 +56,24 @@ class PromptState:
             return run_together(self.model, [Tokens(self.context, token_ids, places)])[0]
         return run_behind(self.model, self.context, token_ids, fast=self.fast)
 
+    def look_ahead(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Run tokens behind the prompt, and forget them again; hold the model's lock.
+
+        Returns:
+            logits behind each of them, ``[tokens, vocab]`` float32.
+        """
+        count, context = len(token_ids), self.context
+        if isinstance(context, LinkedContext):
+            known, start = len(context.positions), context.stop
+            parts = [Tokens(context, token_ids, range(start, start + count))]
+            logits = run_together(self.model, parts, every=True)
+            context.forget(known)
+            return logits
+        known = context.get_seq_length()
+        logits = run_behind(self.model, context, token_ids, fast=self.fast, last=count)
+        context.set_length(known)
+        return logits.view(count, -1)
+
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings of tokens, ``[tokens, hidden]``, as the model was given them."""
         ids = torch.tensor(list(token_ids), device=self.model.device)

@@ -39,7 +39,11 @@ class Tokens:
 
 @torch.inference_mode()
 def run_together(
-    model: PreTrainedModel, parts: Sequence[Tokens], links: LinkTokens | None = None
+    model: PreTrainedModel,
+    parts: Sequence[Tokens],
+    links: LinkTokens | None = None,
+    *,
+    every: bool = False,
 ) -> torch.Tensor:
     """Run new tokens of several contexts in one forward pass, and keep them in their contexts.
 
@@ -50,9 +54,11 @@ def run_together(
     Args:
         model: hold its lock.
         links: link tokens that may be among the tokens.
+        every: of all tokens the logits are wanted.
 
     Returns:
-        logits of each context's last token, ``[contexts, vocab]`` float32.
+        logits of each context's last token, ``[contexts, vocab]`` float32; of all, ``[tokens,
+        vocab]``.
     """
     token_ids = [token for part in parts for token in part.token_ids]
     positions = [position for part in parts for position in part.positions]
@@ -64,7 +70,7 @@ def run_together(
             **inputs(model, torch.tensor([token_ids]), links),
             position_ids=torch.tensor([positions]),
             use_cache=False,
-            logits_to_keep=last,
+            logits_to_keep=0 if every else last,
         )
     logits: torch.Tensor = out.logits[0].float()
     return logits
