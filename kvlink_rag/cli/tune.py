@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -148,7 +148,8 @@ def _show(tuning: Tuning, engine: KVLinkEngine) -> None:
 def _print_rows(rows: list[tuple[str, ...]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for rank, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if rank in (0, len(rows[0]) - 1) else "right")
+        side: Literal["left", "right"] = "left" if rank in (0, len(rows[0]) - 1) else "right"
+        table.add_column(name, justify=side, no_wrap=True)
     for row in rows[1:]:
         table.add_row(*row)
     Console(highlight=False, width=100).print(table)

@@ -28,9 +28,10 @@ BENCH = "kvlink bench"
 TRAIN = "kvlink train --data examples/corpus --out my-adapter --steps 200"
 EVAL = "kvlink eval --config benchmarks/eval_link5.json"
 EVAL_AUTO = "kvlink eval --config benchmarks/eval_auto.json --out benchmarks/results/eval_auto"
+TUNE = "kvlink tune my-index"
 COMPARE = "python benchmarks/encode_behind.py --questions 200"
 
-BY_ITSELF = {BENCH, TRAIN, EVAL, EVAL_AUTO, COMPARE}
+BY_ITSELF = {BENCH, TRAIN, EVAL, EVAL_AUTO, TUNE, COMPARE}
 """They take hours as they stand: a test each runs them smaller."""
 
 NOT_RUN: dict[str, int] = {}
@@ -178,6 +179,17 @@ def test_extras_that_pages_name_are_the_packages():
 
 def test_what_takes_hours_is_in_the_pages():
     assert {*documentation.commands(*PAGES)} >= BY_ITSELF
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(1200)
+def test_tune(inside: Path):
+    output = documentation.run_kvlink(TUNE, "--count", "3")
+    assert "3 questions" in output
+    assert "full prefill's" in output
+    assert "where auto finds it" in output
+    (inside / "my-index" / "kv" / "tuned.json").unlink()  # other tests ask as a newcomer does
 
 
 @pytest.mark.slow

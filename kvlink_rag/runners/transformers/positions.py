@@ -16,6 +16,10 @@ from kvlink_rag.runners.transformers.visibility import bias_of
 BLOCK_QUERIES = 64
 """Queries that attention is computed for at once: their scores stay in the processor's cache."""
 
+BLOCK_KEYS = 128
+"""Keys are taken in multiples of so many: oneDNN makes code for each size of a product that it
+meets, and the sizes would be others for every question."""
+
 
 def attend_at(
     query: torch.Tensor,
@@ -45,7 +49,8 @@ def attend_at(
     result = mixed.view(-1, kv_heads, group, values.shape[2]).permute(1, 2, 0, 3)
     for start in range(0, len(positions), BLOCK_QUERIES):
         at = positions[start : start + BLOCK_QUERIES]
-        seen = slice(0 if window is None else max(at[0] - window + 1, 0), at[-1] + 1)
+        stop = min(-(-(at[-1] + 1) // BLOCK_KEYS) * BLOCK_KEYS, keys.shape[1])
+        seen = slice(0 if window is None else max(at[0] - window + 1, 0), stop)
         first, bias = _hidden(at, seen, window, query.dtype)
         for head in range(kv_heads):
             rows = query[head * group : (head + 1) * group, start : start + len(at)].flatten(0, 1)
