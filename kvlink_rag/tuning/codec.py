@@ -31,11 +31,11 @@ AUTO = "auto"
 BOUND = 0.0018
 """Nats that a codec may add to a token, on average.
 
-Over the answers to the questions here, to others of five sets, and to such as the default model writes
-itself, with and without its adapter, int8 added 0.0009 to 0.0014 nats, fp8 0.0020 to 0.0136 and int4
-0.0049 to 0.0251. By first tokens of 300 questions it was 0.0031, 0.0189 and 0.0667, which left 96, 92
-and 85 % of the likeliest as they were, and by exact match int8 lost nothing: the bound lies between what
-hardly shows and what does. Reading chunks apart adds far more by itself.
+Over the answers to the questions here, to others of five sets, and to such as the default model
+writes itself, with and without its adapter, int8 added 0.0009 to 0.0014 nats, fp8 0.0020 to 0.0136
+and int4 0.0049 to 0.0251. By first tokens of 300 questions it was 0.0031, 0.0189 and 0.0667, which
+left 96, 92 and 85 % of the likeliest as they were, and by exact match int8 lost nothing: the bound
+lies between what hardly shows and what does. Reading chunks apart adds far more by itself.
 """
 
 BUILT_IN = (
