@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvlink_rag.engine.tune import LEAST_SAME, Tuning
+from kvlink_rag.engine.tune import MOST_NATS, Tuning
 
 
 def plot_tuning(tuning: Tuning, path: Path, name: str) -> bool:
-    """Draw how much of full prefill's answers each way gives, over its time to the first token.
+    """Draw how far from full prefill each way is, over its time to the first token.
 
     Args:
         path: of the PNG.
@@ -26,21 +26,21 @@ def plot_tuning(tuning: Tuning, path: Path, name: str) -> bool:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.axhline(100 * LEAST_SAME, color="0.7", linestyle="--", linewidth=1)
+    axes.axhline(MOST_NATS, color="0.7", linestyle="--", linewidth=1)
     for each in tuning.measured:
         chosen = each.way == tuning.choice.way
         color = "C2" if chosen else "C0" if each.is_good else "C3"
-        place = (each.ttft_s, 100 * each.same_tokens)
+        place = (each.ttft_s, each.kl_nats)
         axes.plot(*place, "o", color=color, markersize=9 if chosen else 6)
         words = f"{each.way}{' (chosen)' if chosen else ''}"
-        axes.annotate(words, place, (6, -12), textcoords="offset points", fontsize="small")
+        axes.annotate(words, place, (7, 5), textcoords="offset points", fontsize="small")
     axes.set(
         xlabel="time to first token, s (median)",
-        ylabel="tokens that are full prefill's, %",
+        ylabel="distance from full prefill, nats a token",
         title=f"{name}: {tuning.questions} questions, some {tuning.context_tokens} tokens each",
     )
-    axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.12)
+    axes.set_xlim(left=0)
     axes.grid(visible=True, alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
