@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +109,16 @@ class Choices:
             )
             return None
 
+    def ready(self) -> None:
+        """Say now, and not after all the measuring, that nothing can be written there.
+
+        Raises:
+            StoreError: it cannot.
+        """
+        if self.path is not None:
+            with self._writing(self.path):
+                pass
+
     def keep(self, choice: Choice) -> None:
         """Write down what was chosen, wholly or not at all; other readers' choices stay.
 
@@ -116,16 +127,26 @@ class Choices:
         """
         if self.path is None:
             return
+        with self._writing(self.path):
+            try:
+                known = self._read(self.path)
+            except ValueError:  # warned of when it was looked for; it is made anew
+                known = {}
+            known[self._reader] = asdict(choice)
+            write_whole(self.path, json.dumps(known, indent=1, ensure_ascii=False))
+
+    @staticmethod
+    @contextmanager
+    def _writing(path: Path) -> Iterator[None]:
+        """One process at a time."""
         try:
-            with FileLock(self.path.with_name(f"{FILE}.lock")):
-                try:
-                    known = self._read(self.path)
-                except ValueError:  # warned of when it was looked for; it is made anew
-                    known = {}
-                known[self._reader] = asdict(choice)
-                write_whole(self.path, json.dumps(known, indent=1, ensure_ascii=False))
+            with FileLock(path.with_name(f"{FILE}.lock")):
+                yield
         except OSError as error:
-            raise StoreError(f"cannot write what was tuned to {self.path}: {error}") from error
+            raise StoreError(
+                f"cannot write what was tuned to {path}: {error}; make the folder writable, or "
+                "copy the store to one that is"
+            ) from error
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:

@@ -364,6 +364,7 @@ class KVLinkEngine:
             UnsupportedModelError: what runs the model shows no logits.
             StoreError: the choice cannot be written; this engine has it all the same.
         """
+        self.choices.ready()
         quiet, its = self.pipeline.unwatched, as_chunks(chunks)
         tuning = tune(quiet, its, list(asked), self.options, settings or TuneSettings(), progress)
         self.tuned = tuning.choice
@@ -391,7 +392,6 @@ class KVLinkEngine:
         request = self._request(question, chunks, options)
         return Trial(self.pipeline, request, request.fidelity_tokens).fidelity(request)[0]
 
-    # In a thread: the event loop stays free.
     aindex = in_thread(index)
     aprefill = in_thread(prefill)
     afidelity = in_thread(fidelity)

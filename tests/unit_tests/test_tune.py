@@ -218,6 +218,14 @@ class TestKept:
             tuned(one)
         assert one.tuned is not None
 
+    def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_measured(self, tmp_path):
+        runner = scripted.ScriptedRunner()
+        one = scripted.engine(runner, store=tmp_path / "kv", strategy=None)
+        (tmp_path / "kv" / f"{FILE}.lock").mkdir()
+        with pytest.raises(StoreError, match=r"cannot write what was tuned.*make the folder"):
+            tuned(one)
+        assert runner.jobs == []
+
     def test_a_strategy_that_cannot_be_had_any_more(self):
         runner = scripted.ScriptedRunner(strategies=frozenset({"full", "reuse"}))
         one = scripted.engine(runner, strategy=None)
