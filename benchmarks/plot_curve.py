@@ -94,9 +94,7 @@ def main() -> None:
     keys = shared(found, list(ROWS))
     print({name: len(its) for name, its in sorted(keys.items())}, sum(map(len, keys.values())))
     for row in ROWS:
-        print(
-            f"{row}: {mean(found, row, keys):.1f}, {from_full(found, row, 'full, untuned', keys)}"
-        )
+        print(_said(found, row, "full, untuned", keys))
     tuned, full = f"recompute 15 %, {ADAPTER}", f"full, {ADAPTER}"
     its = shared(found, [tuned, full])
     print(_said(found, tuned, full, its))

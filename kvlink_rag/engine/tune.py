@@ -34,7 +34,8 @@ Strict, since each way reads full prefill's answer and is led back by it at each
 model's questions to its own index, four chunks each: `reuse` 96 % of the tokens and 0.036 nats, yet
 answers of its own that went round in circles; 8 % 96 and 0.020, 15 % 97 and 0.015, 30 % 98 and
 0.008. Twenty questions of five sets, ten documents each: `reuse` 85 % and 0.179, 4 % 90 and 0.084,
-8 % 93 and 0.061, 15 % 95 and 0.045, 30 % 97 and 0.024.
+8 % 93 and 0.061, 15 % 95 and 0.045, 30 % 97 and 0.024; by exact match over 955 such questions 8 %
+was 2.2 points below full prefill and 15 % 1.3.
 """
 
 

@@ -56,6 +56,14 @@ def test_who_is_free(load, seen: object, own: int, threads: int, free: int) -> N
     assert free_for(threads) == free
 
 
+def test_who_runs_for_an_instant_does_not_count(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(2)
+    left = [lambda: load(2), lambda: load(2), lambda: load(1)]
+    monkeypatch.setattr(time, "sleep", lambda _: left.pop(0)())
+    assert free_for(8) == 8
+    assert left == []
+
+
 def test_systems_that_do_not_tell(load, tmp_path: Path) -> None:
     assert running() == 0  # no such file yet
     assert own_running() == 0
