@@ -112,3 +112,14 @@ def default_embeddings_folder() -> str:
     from kvlink_rag.runners.transformers import models
 
     return models.resolve(models.DEFAULT_EMBEDDINGS)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model on disk."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)

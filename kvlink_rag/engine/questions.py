@@ -24,24 +24,17 @@ MAX_TOKENS = 32
 FALLBACK = "What does this text say?"
 """Where a model writes nothing."""
 
+T = TypeVar("T")
+
 Case = tuple[str | Sequence[Message], Sequence[str | Chunk]]
 """A question and its chunks."""
 
 
-def write_question(pipeline: Pipeline, chunk: Chunk, **options: object) -> str:
-    """A question about a chunk, which the model reads in full; may be empty.
-
-    Args:
-        options: of sampling.
-    """
-    asked: AnswerOptions = {
-        "strategy": "full", "max_new_tokens": MAX_TOKENS, "stop": "\n", **options,  # type: ignore[typeddict-item]
-    }  # fmt: skip
+def write_question(pipeline: Pipeline, chunk: Chunk) -> str:
+    """A question about a chunk, which the model reads in full; may be empty."""
+    asked: AnswerOptions = {"strategy": "full", "max_new_tokens": MAX_TOKENS, "stop": "\n"}
     request = Request.of([ASK], [chunk], asked, {}, pipeline.runner)
     return AnswerStream(pipeline, request).finished().text.strip()
-
-
-T = TypeVar("T")
 
 
 def write_questions(

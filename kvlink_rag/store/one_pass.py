@@ -99,7 +99,7 @@ def _compiled() -> dict[torch.dtype, Any]:
     from kvlink_rag.store.one_pass_kernel import decoder
 
     made = {torch.float32: decoder(half=False), torch.bfloat16: decoder(half=True)}
-    for dtype, decode in made.items():  # compiled now, and not within an answer
+    for dtype, decode in made.items():  # all of it at the first call
         codes, one = np.zeros((1, 1, 2), np.uint8), np.zeros((1, 1, 2), np.float32)
         angle, row = np.zeros((1, 1), np.float32), np.empty(2, np.float32)
         out = _numbers(torch.empty(1, 1, 1, 2, dtype=dtype))

@@ -12,6 +12,7 @@ from kvlink_rag.store.base import Budget, KVStore, check_cache_after
 from kvlink_rag.store.encryption import EncryptionKey
 from kvlink_rag.store.folder.store import FolderStore
 from kvlink_rag.store.memory import MemoryStore
+from kvlink_rag.store.one_pass import available
 from kvlink_rag.store.ram import RamTier
 from kvlink_rag.store.remote.base import URL, Remote, redacted
 from kvlink_rag.store.remote.open import open_remote
@@ -79,6 +80,8 @@ def open_store(
     if isinstance(store, (str, os.PathLike)):
         found = None if remote is None else _behind(remote)  # before a folder is made
         folder = FolderStore(store, codec, budget, encryption_key, cache_after=cache_after)
+        if folder.codec == "int8":
+            available()  # compiled now, once a machine, and not within an answer
         tier: KVStore = folder if found is None else RemoteTier(folder, found)
         return RamTier(tier, ram_bytes) if ram_bytes else tier
     if store is None:

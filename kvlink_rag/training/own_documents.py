@@ -16,16 +16,12 @@ from kvlink_rag.chunk import Chunk
 from kvlink_rag.common.progress import bar
 from kvlink_rag.common.whole import write_whole
 from kvlink_rag.engine.engine import KVLinkEngine
+from kvlink_rag.engine.questions import ASK, MAX_TOKENS
 from kvlink_rag.errors import InputError
 from kvlink_rag.index.documents import SUFFIXES, Document, chunks_of, find_files, read_file
-from kvlink_rag.prompt.conversation import CHUNKS
 
-ASK = {"role": "user", "content": [CHUNKS, "Write a question about a fact in this text."]}
-"""A message of its own: behind the engine's words for a brief answer small models ask in circles,
-and so they do when told to write the question only."""
 QUESTIONS = 2
 """Questions to a chunk."""
-MAX_TOKENS = 32
 CHUNK_TOKENS = 200
 
 

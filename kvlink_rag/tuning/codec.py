@@ -191,8 +191,10 @@ def resolve_codec(
         )
     if is_store(store):
         return None
+    if not chunks:
+        return choose_codec(engine).codec
     cases = write_cases(engine.pipeline.unwatched, chunks, QUESTIONS, CHUNKS_PER_CASE)
-    return choose_codec(engine, cases or None).codec
+    return choose_codec(engine, cases).codec
 
 
 def built_in_cases() -> list[Case]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from effort import times
 from pypdf import PdfWriter
@@ -31,15 +30,6 @@ from kvlink_rag.index.catalog import IndexCatalog
 from kvlink_rag.index.check import verify_index
 from kvlink_rag.index.ingest import Splitting, make_plan
 from kvlink_rag.store import FolderStore
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model on disk."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny.model("llama").save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)

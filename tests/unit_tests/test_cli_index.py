@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from tiny_cli import Shell, WordVectors, paragraphs
 from typer.testing import CliRunner
@@ -17,14 +16,6 @@ from kvlink_rag import KVIndex, KVLinkEngine
 from kvlink_rag.cli import app, index
 from kvlink_rag.index import ingest
 from kvlink_rag.store import FolderStore
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.model("llama").save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -11,14 +11,6 @@ from tiny_cli import Shell, WordVectors, paragraphs
 FEW = ("--count", "2", "-k", "2", "--tokens", "4")
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.model("llama").save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def shell(tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.setattr("kvlink_rag.index.index.SentenceEmbeddings", WordVectors)

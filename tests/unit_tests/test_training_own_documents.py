@@ -10,8 +10,9 @@ import pytest
 import tiny
 
 from kvlink_rag import InputError, KVLinkEngine
+from kvlink_rag.engine.questions import ASK
 from kvlink_rag.training.data import Lessons
-from kvlink_rag.training.own_documents import ASK, is_documents, write_questions
+from kvlink_rag.training.own_documents import is_documents, write_questions
 from kvlink_rag.training.settings import TrainSettings
 
 

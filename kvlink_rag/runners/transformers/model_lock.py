@@ -31,7 +31,7 @@ class ModelLock:
     Whoever takes it computes with as many threads as there are free processors, and no more than
     torch was told before (:func:`free_for`). With one of two processors kept busy by another
     program, `reuse` over 5,000 tokens took 0.18 s idle, 0.40 to 0.85 s with two threads and 0.29 to
-    0.36 s with one; that the threads sleep instead of spinning (OMP_WAIT_POLICY) cost 0.35 s on an
+    0.42 s with one; that the threads sleep instead of spinning (OMP_WAIT_POLICY) cost 0.35 s on an
     idle machine.
 
     Let go of it, and the thread's OpenMP team is let go of as well; the next operation starts
