@@ -178,9 +178,10 @@ def test_a_model_whose_attention_is_another_is_copied_for(monkeypatch: pytest.Mo
 def test_many_queries_over_moved_keys_are_one_block_masked_forward_pass(
     name: str, way: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine = tiny.engine(name)
+    engine.runner.stepped = False  # which knows no other attention than that of one query
     monkeypatch.setattr(in_place, "MANY_QUERIES", 1)
     monkeypatch.setattr(at_positions, "BLOCK_QUERIES", 7)
-    engine = tiny.engine(name)
     assert engine.runner.in_place
     options: Any = {"strategy": "recompute", "recompute_by": way, "recompute": 0.3}
     if way == "reuse":

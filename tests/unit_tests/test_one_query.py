@@ -89,6 +89,7 @@ def test_answers_are_those_without(
 ) -> None:
     one = tiny.engine(name, strategy=strategy)
     one.stop_ids = frozenset()
+    one.runner.stepped = False  # token by token through torch's layers
     runs: list[int] = []
     run = one_query._run
     monkeypatch.setattr(one_query, "_run", lambda told: runs.append(told) or run(told))

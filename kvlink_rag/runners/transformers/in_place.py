@@ -10,6 +10,7 @@ at their positions, and what they replace is not seen any more where it lies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -37,7 +38,10 @@ class LinkedContext:
         scratch: what all contexts of a model compute in.
 
     Attributes:
+        scratch: what it computes in.
         positions: of the tokens in ``own``.
+        one: the compiled attention of the one new token that is expected, by window; empty where
+            there are more, or a span cannot be read by it.
         paid: where the attention to each position of the spans is counted, ``[layers, positions]``
             float32 for the first layers, while somebody asks for it.
     """
@@ -50,7 +54,7 @@ class LinkedContext:
         scratch: Scratch,
     ) -> None:
         self.architecture = architecture
-        self._scratch = scratch
+        self.scratch = scratch
         self.spans = list(spans)
         self.own = own
         self.positions: list[int] = []
@@ -67,7 +71,7 @@ class LinkedContext:
             count = len(range(*group.layers.indices(architecture.layers)))
             self._angles += [its] * count
         self._blocks: dict[int | None, list[Block]] = {}
-        self._one: dict[int | None, OneQuery] = {}
+        self.one: dict[int | None, OneQuery] = {}
 
     @property
     def stop(self) -> int:
@@ -92,22 +96,38 @@ class LinkedContext:
             window: list(self._visibility.blocks(positions, self.positions, window))
             for window in windows
         }
-        alone = len(positions) == 1 and self.paid is None and one_query.available()
-        self._one = self._prepared() if alone else {}
+        alone = len(positions) == 1 and self.paid is None and self.compiled
+        self.one = (
+            {window: self._prepared(block) for window, (block,) in self._blocks.items()}
+            if alone
+            else {}
+        )
 
-    def _prepared(self) -> dict[int | None, OneQuery]:
-        """The attention of the one new token, by window; nothing where a part cannot be read."""
-        made = {}
-        for window, (block,) in self._blocks.items():
-            parts = [
-                Part(self.spans[index].record.keys, self.spans[index].record.values, _flat(bias))
-                for index, bias in block.seen
-            ]
-            if not all(part.readable for part in parts):
-                return {}
-            own = len(self.positions)
-            made[window] = OneQuery(parts, own, _flat(block.own), self._scratch)
-        return made
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether the attention of one new token is compiled here, and reads all spans."""
+        parts = (Part(span.record.keys, span.record.values, None) for span in self.spans)
+        return one_query.available() and all(part.readable for part in parts)
+
+    def _prepared(self, block: Block) -> OneQuery:
+        """The attention of the one new token."""
+        parts = [
+            Part(self.spans[index].record.keys, self.spans[index].record.values, _flat(bias))
+            for index, bias in block.seen
+        ]
+        return OneQuery(parts, len(self.positions), _flat(block.own), self.scratch)
+
+    def turns(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines by which the new token's query meets each span that it sees.
+
+        Returns:
+            each ``[spans, pairs]`` float32; None in layers without RoPE, or where there are none.
+        """
+        angles, (block,) = self._angles[layer], self._blocks[self.architecture.windows[layer]]
+        if angles is None or not block.seen:
+            return None
+        cos, sin = (each[block.indices].flatten(1) for each in angles)
+        return cos, sin
 
     def copied(self) -> ContextCache:
         """All of it in one cache, with as much room for more tokens as there is here."""
@@ -146,10 +166,10 @@ class LinkedContext:
             keys, values = self._moved(layer, own_keys, own_values)
             new, window = self.positions[-queries:], self.architecture.windows[layer]
             paid = None if self.paid is None else self.paid[layer]
-            return attend_at(query[0] * scale, keys, values, new, window, self._scratch, paid)
+            return attend_at(query[0] * scale, keys, values, new, window, self.scratch, paid)
         kv_heads = own_keys.shape[0]
         folded = (query[0] * scale).reshape(kv_heads, heads // kv_heads, queries, dim)
-        if one := self._one.get(self.architecture.windows[layer]):
+        if one := self.one.get(self.architecture.windows[layer]):
             rows, (block,) = folded[:, :, 0], self._blocks[self.architecture.windows[layer]]
             met = torch.cat([self._turned(rows, layer, block), rows[None]]).float()
             return one.attend(layer, met, own_keys, own_values)[None].to(query.dtype)
@@ -185,7 +205,7 @@ class LinkedContext:
         biases = [*(bias for _, bias in block.seen), block.own]
         lengths = [each.shape[1] for each in keys]
         shape = (*rows.shape[:2], sum(lengths))
-        scores = self._scratch.tensor("scores", shape, rows.dtype)
+        scores = self.scratch.tensor("scores", shape, rows.dtype)
         turned = [*self._turned(rows, layer, block), rows]
         parts = torch.split_with_sizes(scores, lengths, 2)
         for its, key, bias, out in zip(turned, keys, biases, parts, strict=True):
@@ -194,7 +214,7 @@ class LinkedContext:
             )
             if bias is not None:  # the same for all query heads
                 out.view(len(out), -1, *bias.shape).add_(bias)
-        weights = self._scratch.tensor("weights", shape, rows.dtype)
+        weights = self.scratch.tensor("weights", shape, rows.dtype)
         torch.softmax(scores, -1, out=weights)
         parts = torch.split_with_sizes(weights, lengths, 2)
         if self.paid is not None:
@@ -202,7 +222,7 @@ class LinkedContext:
                 span = self.spans[index]
                 self.paid[layer, span.start : span.stop] += weight.sum((0, 1), dtype=torch.float32)
         shape = (len(keys), *rows.shape[:2], own_values.shape[2])
-        mixed = self._scratch.tensor("mixed", shape, rows.dtype)
+        mixed = self.scratch.tensor("mixed", shape, rows.dtype)
         for weight, value, out in zip(parts, values, mixed, strict=True):
             few = value is own_values or value.shape[1] <= FEW_TOKENS
             multiply(weight, value, out, few)
@@ -214,8 +234,8 @@ class LinkedContext:
         """A layer's keys and values ``[kv_heads, positions, dim]``, each at its position."""
         dtype, angles = self.architecture.dtype, self._angles[layer]
         shape = (len(own_keys), self.stop)
-        keys = self._scratch.tensor("keys", (*shape, own_keys.shape[2]), dtype)
-        values = self._scratch.tensor("values", (*shape, own_values.shape[2]), dtype)
+        keys = self.scratch.tensor("keys", (*shape, own_keys.shape[2]), dtype)
+        values = self.scratch.tensor("values", (*shape, own_values.shape[2]), dtype)
         for index, span in enumerate(self.spans):
             place = slice(span.start, span.stop)
             if angles is None:
@@ -238,7 +258,7 @@ class LinkedContext:
         dtype = self.architecture.dtype
         if kept.dtype == dtype:
             return kept
-        return self._scratch.tensor(f"{kind} {index}", tuple(kept.shape), dtype).copy_(kept)
+        return self.scratch.tensor(f"{kind} {index}", tuple(kept.shape), dtype).copy_(kept)
 
     def _turned(self, rows: torch.Tensor, layer: int, block: Block) -> torch.Tensor:
         """Queries as they meet each span that is seen, ``[spans, kv_heads, rows, head_dim]``."""
@@ -246,7 +266,7 @@ class LinkedContext:
         if angles is None or not count:
             return rows.expand(count, *rows.shape)
         cos, sin = (each[block.indices] for each in angles)
-        out = self._scratch.tensor("turned", (count, *rows.shape), rows.dtype)
+        out = self.scratch.tensor("turned", (count, *rows.shape), rows.dtype)
         return turn(rows, cos, sin, out)
 
 

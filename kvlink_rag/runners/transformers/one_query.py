@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -60,7 +61,7 @@ class OneQuery:
     ) -> None:
         from kvlink_rag.runners.transformers.kernel import PIECE
 
-        self._kept, self._piece, self._scratch = parts, PIECE, scratch
+        self.parts, self._piece, self._scratch = parts, PIECE, scratch
         self._own_bias, self._own = own_bias, own
         rows = [
             (
@@ -99,40 +100,61 @@ class OneQuery:
             own_keys: of the prompt's own tokens in this layer, ``[kv_heads, own, head_dim]``;
                 ``own_values`` alike.
         """
+        from kvlink_rag.runners.transformers.kernel import LAYER
+
+        queries = queries.contiguous()
+        out = queries.new_empty(math.prod(queries.shape[1:3]), own_values.shape[2])
+        told = self.told(queries, own_keys[None], own_values[None], out)
+        told[LAYER] = layer
+        _run(told.ctypes.data)
+        return out
+
+    def told(
+        self,
+        queries: torch.Tensor,
+        own_keys: torch.Tensor,
+        own_values: torch.Tensor,
+        out: torch.Tensor,
+    ) -> Any:
+        """What the kernel is told, ``[FIELDS]`` int64; it lives as long as this object does.
+
+        Args:
+            queries: as in :meth:`attend`, contiguous.
+            own_keys: of one layer, whichever is asked for, or of all, ``[1 or layers, kv_heads,
+                own, head_dim]``; ``own_values`` alike.
+            out: where the values go, shaped as :meth:`attend` returns them, contiguous.
+        """
         from kvlink_rag.runners.transformers import kernel as k
 
         _, kv_heads, group, key_dim = queries.shape
-        value_dim = own_values.shape[2]
-        table, spans = self._table.copy(), self._of_spans
-        table[1, :spans] += layer * table[8, :spans]
-        table[2, :spans] += layer * table[9, :spans]
-        self._place_own(table[:, spans:], own_keys, own_values)
-        pieces, queries = table.shape[1], queries.contiguous()
+        value_dim = own_values.shape[3]
+        table = self._table
+        self._place_own(table[:, self._of_spans :], own_keys, own_values)
+        pieces = table.shape[1]
         tasks = pieces * kv_heads
         sizes = (
             tasks * k.memory_of(group, key_dim, value_dim),
             tasks * group, tasks * group, tasks * group * value_dim,
         )  # fmt: skip
-        memory = [
+        self._memory = memory = [
             self._scratch.tensor(f"one query {name}", (size,), torch.float32)
             for name, size in zip(("memory", "most", "sums", "mixed"), sizes, strict=True)
         ]
-        out = queries.new_empty(kv_heads * group, value_dim)
-        told = np.empty(k.FIELDS, dtype=np.int64)
-        told[: k.QUERIES + 1] = (
+        told = np.zeros(k.FIELDS, dtype=np.int64)
+        told[k.PIECES : k.QUERIES + 1] = (
             pieces, kv_heads, group, key_dim, value_dim, queries.data_ptr()
         )  # fmt: skip
-        told[k.WHICH_QUERY : k.MEMORY] = [field.ctypes.data for field in table[:8]]
+        told[k.WHICH_QUERY : k.MEMORY] = [field.ctypes.data for field in table]
         told[k.MEMORY : k.FIELDS] = [*(each.data_ptr() for each in memory), out.data_ptr()]
-        _run(told.ctypes.data)
-        return out
+        return told
 
     def _place_own(self, table: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Where the prompt's own tokens are: another place in every layer, and after growing."""
+        """Where the prompt's own tokens are, which is another place after growing."""
         starts = np.arange(0, self._own, self._piece)
         for field, each in ((1, keys), (2, values)):
-            table[field] = each.data_ptr() + starts * _bytes(each, 1)
-            table[field + 2] = _bytes(each, 0)
+            table[field] = each.data_ptr() + starts * _bytes(each, 2)
+            table[field + 2] = _bytes(each, 1)
+            table[field + 7] = _bytes(each, 0) if len(each) > 1 else 0
         table[5] = keys.dtype == torch.bfloat16
 
 
@@ -169,18 +191,23 @@ def _code() -> tuple[int, int] | None:
 
 
 @cache
-def _callers() -> tuple[Any, Any]:
-    code, library = _code(), openmp()
-    assert code is not None
+def team() -> Any:
+    """``GOMP_parallel(function, argument, threads, flags)`` of torch's own OpenMP."""
+    library = openmp()
     assert library is not None
     parallel = library.GOMP_parallel
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None
-    return parallel, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code[1])
+    return parallel
 
 
 def _run(told: int) -> None:
-    code, (parallel, combine) = _code(), _callers()
+    code = _code()
     assert code is not None
-    parallel(code[0], told, torch.get_num_threads(), 0)
-    combine(told)
+    team()(code[0], told, torch.get_num_threads(), 0)
+    _combine(code[1])(told)
+
+
+@cache
+def _combine(address: int) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)

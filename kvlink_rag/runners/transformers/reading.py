@@ -29,12 +29,14 @@ class Readers:
         model: tokens of prefix and chunks.
         reader: link tokens and question, after all of the context; often the same model.
         links: the link tokens that are part of the prompt.
+        stepped: whether the reader goes on by :mod:`kvlink_rag.runners.transformers.step`.
     """
 
     architecture: Architecture
     model: PreTrainedModel
     reader: PreTrainedModel
     links: LinkTokens | None
+    stepped: bool
 
     def steps(
         self, anew: list[list[int]], rest: list[list[int]]
@@ -77,7 +79,7 @@ def read_in_place(
             segments[row],
             measured[row] + len(anew[row]) + len(rest[row]),
             logits[row],
-            PromptState(context, readers.reader, readers.links, fast=True),
+            PromptState(context, readers.reader, readers.links, fast=True, stepped=readers.stepped),
         )
         for row, context in enumerate(contexts)
     ]

@@ -12,7 +12,7 @@ from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.errors import InputError, UnsupportedModelError
 from kvlink_rag.prompt.segments import Strategy
 from kvlink_rag.runners.base import Abilities, Encoded, Job, ModelRunner
-from kvlink_rag.runners.transformers import one_query
+from kvlink_rag.runners.transformers import step
 from kvlink_rag.runners.transformers.architecture import Architecture, inspect_model
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.encode import Encoder
@@ -56,6 +56,8 @@ class TransformersRunner:
         architecture: the model's sizes and identity.
         in_place: whether prompts attend to chunk caches where they lie, instead of
             copying them into one; on where model and device allow it.
+        stepped: whether answers go on by the compiled step of
+            :mod:`kvlink_rag.runners.transformers.step`, where prompts are read in place.
         batch_tokens: padded tokens in one forward pass of :meth:`encode`.
         lock: hold it to run model or reader oneself.
 
@@ -79,6 +81,7 @@ class TransformersRunner:
         self.adapter = adapter
         self.merge_adapter = merge_adapter
         self._base = base
+        self._scratch = scratch or Scratch()  # used under the lock
         self.model = self.reader = base
         self.lock = lock_of(base)
         if adapter is not None:
@@ -88,13 +91,14 @@ class TransformersRunner:
                 self.model, self.reader = adapter.apply(base, merge=merge_adapter)
             self.architecture: Architecture = inspect_model(self.model, name)
             self.in_place = serves(self.reader, self.architecture)
-        if self.in_place:
-            one_query.available()  # compiled now, once a machine, and not within an answer
+            # compiled now, once a machine, and not within an answer
+            self.stepped = self.in_place and step.serves(
+                self.reader, self.architecture, self._scratch
+            )
         self._adapters_in_model = adapter_state(self.model)
         self.stop_ids = stop_ids(base, tokenizer)
         self.batch_tokens = BATCH_TOKENS.get(self.architecture.device.type, 16_384)
         self.encoder = Encoder(self.model, self.architecture)
-        self._scratch = scratch or Scratch()  # used under the lock
 
     @classmethod
     def from_pretrained(
@@ -185,7 +189,7 @@ class TransformersRunner:
         linked = [context for context in contexts if isinstance(context, LinkedContext)]
         copied = [context for context in contexts if isinstance(context, ContextCache)]
         links = self.adapter.links if self.adapter and jobs[0].strategy == "link" else None
-        readers = Readers(self.architecture, self.model, self.reader, links)
+        readers = Readers(self.architecture, self.model, self.reader, links, self.stepped)
         with self.lock:
             if linked:
                 prefilled = read_in_place(jobs, linked, readers)

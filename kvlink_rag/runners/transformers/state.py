@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
 
 from kvlink_rag.adapters.links import LinkTokens
+from kvlink_rag.errors import UnsupportedModelError
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.forward import run_behind
 from kvlink_rag.runners.transformers.in_place import LinkedContext
+from kvlink_rag.runners.transformers.step import Step
 from kvlink_rag.runners.transformers.together import Tokens, run_together
 
 
@@ -26,12 +29,24 @@ class PromptState:
         links: the link tokens of the prompt, whose ids are at or above the vocabulary's size unless
             they are part of it.
         fast: whether it goes on by :mod:`kvlink_rag.runners.transformers.attention`.
+        stepped: whether it goes on token by token by :mod:`kvlink_rag.runners.transformers.step`,
+            where chunks are attended where they lie.
     """
 
     context: ContextCache | LinkedContext
     model: PreTrainedModel
     links: LinkTokens | None
     fast: bool
+    stepped: bool = False
+
+    @cached_property
+    def _step(self) -> Step | None:
+        if not self.stepped:
+            return None
+        try:
+            return Step(self.model)
+        except UnsupportedModelError:  # somebody has put a hook or an adapter into it since
+            return None
 
     @property
     def cache(self) -> ContextCache:
@@ -51,6 +66,10 @@ class PromptState:
             logits of the last token, ``[vocab]`` float32.
         """
         if isinstance(self.context, LinkedContext):
+            if len(token_ids) == 1 and self._step is not None:
+                logits = self._step.run(self.context, token_ids[0])
+                if logits is not None:
+                    return logits
             start = self.context.stop
             places = range(start, start + len(token_ids))
             return run_together(self.model, [Tokens(self.context, token_ids, places)])[0]
