@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvlink_rag.engine.choice import FILE as TUNED
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.index.catalog import CACHES, FILE, IndexCatalog
 from kvlink_rag.index.check import is_index, verify_index
@@ -29,7 +30,8 @@ from kvlink_rag.store.folder.files import sync_folder
 Progress = Callable[[int, int], None]
 
 STORE_FILES = (
-    r"catalog\.sqlite|store\.json|chunks/([0-9a-f]{2})/\1[0-9a-f]{62}\.(?:safetensors|sealed)"
+    rf"catalog\.sqlite|store\.json|{re.escape(TUNED)}|"
+    r"chunks/([0-9a-f]{2})/\1[0-9a-f]{62}\.(?:safetensors|sealed)"
 )
 MEMBER = re.compile(rf"index\.sqlite|(?:{CACHES}/)?(?:{STORE_FILES})")
 """Names in an archive; anything else is refused."""
@@ -81,8 +83,8 @@ def write_archive(
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
             count = _add_caches(tar, store, copy, within, progress)
-            if (path / "store.json").exists():
-                names.append(path / "store.json")
+            beside = (path / "store.json", path / TUNED)
+            names += [each for each in beside if each.exists()]
             for name in [*names, copy]:
                 tar.add(name, name.name if name.name == FILE else within + name.name)
         return count + len(names) + 1

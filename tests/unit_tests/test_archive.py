@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import tiny
 
 from kvlink_rag import Chunk, InputError, KVIndex
+from kvlink_rag.engine.choice import Choice
 from kvlink_rag.index.archive import read_archive, write_archive
 from kvlink_rag.index.check import verify_index
 from kvlink_rag.store import FolderStore
@@ -81,6 +83,22 @@ def test_a_codec_goes_with_it(tmp_path: Path) -> None:
     write_archive(tmp_path / "kv", tmp_path / "kv.tar")
     read_archive(tmp_path / "kv.tar", tmp_path / "there")
     assert tiny.engine(store=tmp_path / "there").index(CHUNKS, progress=False).misses == 0
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_what_was_tuned_goes_with_it(made: Path, tmp_path: Path, bare: bool) -> None:
+    shutil.copytree(made, tmp_path / "here")
+    chosen = Choice("recompute", "it was measured", 0.4)
+    with KVIndex.open(tmp_path / "here", tiny.engine(), embeddings=embeddings) as index:
+        index.engine.choices.keep(chosen)
+    within = tmp_path / "here" / "kv" if bare else tmp_path / "here"
+    write_archive(within, tmp_path / "one.tar")
+    read_archive(tmp_path / "one.tar", tmp_path / "there")
+    store = FolderStore(tmp_path / "there" if bare else tmp_path / "there" / "kv")
+    engine = tiny.engine(store=store, strategy="auto")
+    report = engine.answer(QUESTION, CHUNKS[:2], max_new_tokens=1).report
+    assert (report.strategy, report.recompute, report.misses) == ("recompute", 0.4, 0)
+    store.close()
 
 
 def test_nobody_else_may_read_it(archive: Path, tmp_path: Path) -> None:
