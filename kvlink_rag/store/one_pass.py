@@ -8,6 +8,7 @@ with torch: threads that load would each get an OpenMP team, and all teams would
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 
 from kvlink_rag.rope import RopeGroup
+from kvlink_rag.store.rooms import Rooms
 
-_KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
-DTYPES = tuple(_KINDS)
+DTYPES = (torch.float32, torch.bfloat16)
 """That it decodes to."""
+ROOMS = Rooms()
+"""What it decodes into."""
 
 
 @cache
@@ -63,8 +66,7 @@ def decode_int8(
 
 
 def _room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory by numpy, which asks for huge pages: small ones took longer than the decoding."""
-    return torch.from_numpy(np.empty(shape, _KINDS[dtype])).view(dtype)
+    return ROOMS.take(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
 
 def _runs(rope: Sequence[RopeGroup], layers: int) -> list[tuple[slice, torch.Tensor | None]]:
