@@ -98,6 +98,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         )
 
 
+@pytest.fixture
+def short_preamble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few made-up documents to encode chunks behind: a tiny tokenizer's tokens are bytes."""
+    from kvlink_rag import Chunk
+    from kvlink_rag.prompt import layout
+
+    made_up = (Chunk("Bees dance.", title="Bees"), Chunk("Rope is long."))
+    monkeypatch.setattr(layout, "PREAMBLE", made_up)
+
+
 @pytest.fixture(scope="session")
 def default_model_folder() -> str:
     """The default model's folder, fetched and converted on first use."""

@@ -30,9 +30,11 @@ from kvlink_rag.prompt.conversation import (
     Message,
     as_messages,
 )
+from kvlink_rag.prompt.preamble import PREAMBLE
 
-EncodeBehind = Literal["system", "header", "alone"]
-"""What chunks are encoded behind: the default system prefix, the bare chat header, or nothing."""
+EncodeBehind = Literal["documents", "system", "header", "alone"]
+"""What chunks are encoded behind: the default system prefix and made-up documents, that prefix by
+itself, the bare chat header, or nothing."""
 
 DEFAULT_BEHIND: EncodeBehind = "system"
 
@@ -229,7 +231,10 @@ class PromptLayout:
         if mode == "alone":
             return []
         system = "" if mode == "header" else None
-        return self._parts(as_messages("question", system), fixed_date=True).prefix
+        prefix = self._parts(as_messages("question", system), fixed_date=True).prefix
+        if mode == "documents":
+            prefix = [*prefix, *(id for chunk in PREAMBLE for id in self.chunk(chunk))]
+        return prefix
 
     def encode_text(self, text: str) -> list[int]:
         """Tokenise user text so that it stays text, whatever control strings it contains."""

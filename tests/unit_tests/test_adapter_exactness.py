@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import get_args
 
 import pytest
 import tiny
 import tiny_adapters
 import torch
 from tiny_adapters import KINDS, LAYOUTS
+
+from kvlink_rag.prompt.layout import EncodeBehind
 
 pytestmark = pytest.mark.matrix
 
@@ -156,8 +159,8 @@ def test_chunks_of_one_token(name, kind, layout, monkeypatch):
 
 @few_models
 @all_kinds
-@pytest.mark.parametrize("behind", ["alone", "header", "system"])
-def test_every_prefix_behind_the_chunks_and_every_system_prompt(name, kind, behind):
+@pytest.mark.parametrize("behind", get_args(EncodeBehind))
+def test_every_prefix_behind_the_chunks_and_every_system_prompt(name, kind, behind, short_preamble):
     trained = tiny_adapters.adapter(name, kind, encode_behind=behind)
     engine = tiny_adapters.engine(name, trained)
     assert bool(engine.behind) == (behind != "alone")

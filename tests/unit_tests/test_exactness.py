@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from kvlink_rag import Chunk
+from kvlink_rag.prompt.layout import EncodeBehind
 from kvlink_rag.prompt.segments import RecomputeBy
 
 pytestmark = pytest.mark.matrix
@@ -68,9 +69,9 @@ def test_recompute_is_one_block_masked_forward_pass(name, case, by):
     check(engine, CASES[case], strategy="recompute", recompute=0.15)
 
 
-@pytest.mark.parametrize("behind", ["alone", "header", "system"])
+@pytest.mark.parametrize("behind", get_args(EncodeBehind))
 @pytest.mark.parametrize("name", ["llama", "gemma3", "smollm3"])
-def test_every_prefix_behind_the_chunks(name, behind):
+def test_every_prefix_behind_the_chunks(name, behind, short_preamble):
     engine = tiny.engine(name, encode_behind=behind)
     assert bool(engine.behind) == (behind != "alone")
     ways = [{"recompute_by": by} for by in get_args(RecomputeBy)]

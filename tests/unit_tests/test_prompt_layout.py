@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvlink_rag import Chunk, InputError, PromptTemplate
 from kvlink_rag.prompt.layout import PromptLayout, render_chunk
+from kvlink_rag.prompt.preamble import PREAMBLE
 
 TOKENIZER = tiny.tokenizer()
 CONTROL = {TOKENIZER.convert_tokens_to_ids(t) for t in ("<|start|>", "<|end|>", "<tool>")}
@@ -50,6 +52,15 @@ def test_system_prompt_replaces_the_default_and_leaves_what_chunks_are_behind():
     assert "Be kind." not in text(layout.behind("header"))
     assert text(layout.behind("header")).startswith("<|start|>system\n<|end|>\n<|start|>user\n")
     assert layout.behind("alone") == []
+    documents = [id for chunk in PREAMBLE for id in layout.chunk(chunk)]
+    assert layout.behind("documents") == [*layout.prefix(), *documents]
+
+
+def test_the_made_up_documents_are_what_they_were():
+    """Another word would leave every store without the caches that it has."""
+    told = "\n".join(f"{chunk.title}\n{chunk.text}" for chunk in PREAMBLE)
+    digest = hashlib.sha256(told.encode()).hexdigest()
+    assert digest == "8900e36c7a78712fdbfa9a75795a40ad9feb3a01e8bcc4ab5ae53f032ed4affc"
 
 
 @pytest.mark.parametrize(
