@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvlink_rag.cli.options import Dtype, RemoteURL
+from kvlink_rag.cli.options import Behind, Dtype, RemoteURL
 from kvlink_rag.cli.shared import (
     complain,
     list_skipped,
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 ASK_ABOVE = 10**9
 """Bytes of new caches above which a person is asked."""
 
-KEPT = ("model", "model_name", "chunk_tokens", "overlap", "adapter", "dtype", "cache_after")
-"""Settings of an index that hold until others are given."""
-AT_FIRST = {"adapter": "", "dtype": "auto", "cache_after": "0"}
+AT_FIRST = {"adapter": "", "dtype": "auto", "encode_behind": "", "cache_after": "0"}
 """What an index has that does not say."""
+KEPT = ("model", "model_name", "chunk_tokens", "overlap", *AT_FIRST)
+"""Settings of an index that hold until others are given."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,13 @@ def index(
         Dtype | None,
         typer.Option(help="Of the model and its caches. Default: as before, or the checkpoint's."),
     ] = None,
+    encode_behind: Annotated[
+        Behind | None,
+        typer.Option(
+            help="What chunks are encoded behind; documents is best for reuse. Default: as before, "
+            "or the adapter's, or system."
+        ),
+    ] = None,
     encrypt: Annotated[
         bool,
         typer.Option("--encrypt", help="Of a new index: caches, with the key in KVLINK_STORE_KEY."),
@@ -111,6 +118,7 @@ def index(
         splitting,
         adapter=_absolute(adapter) if adapter is not None else known.get("adapter", ""),
         dtype=dtype or known.get("dtype", "auto"),
+        encode_behind=encode_behind or known.get("encode_behind", ""),
     )
     after = int(known.get("cache_after", 0)) if cache_after is None else cache_after
     keeping = Keeping(codec, after, env_key if encrypt else None, remote or None)
@@ -184,6 +192,7 @@ def _chosen(splitting: Splitting, keeping: Keeping) -> dict[str, str]:
     return {
         "adapter": splitting.adapter,
         "dtype": splitting.dtype,
+        "encode_behind": splitting.encode_behind,
         "cache_after": str(keeping.after),
     }
 
@@ -196,7 +205,9 @@ def _update(out: Path, plan: Plan, splitting: Splitting, keeping: Keeping, yes: 
     from kvlink_rag.index.ingest import carry_out, read_files
     from kvlink_rag.tuning.codec import resolve_codec
 
-    engine = load_engine(splitting.model, splitting.adapter, splitting.dtype)
+    engine = load_engine(
+        splitting.model, splitting.adapter, splitting.dtype, splitting.encode_behind
+    )
     work = read_files(plan, engine, splitting)
     if not work.files and not is_index(out):
         list_skipped(work.skipped, plan.left_out)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvlink_rag.engine.engine import KVLinkEngine
     from kvlink_rag.index.documents import Document, Skipped
     from kvlink_rag.index.index import KVIndex
+    from kvlink_rag.prompt.layout import EncodeBehind
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -69,15 +70,25 @@ def prepare() -> None:
     warnings.showwarning = show
 
 
-def load_engine(model: str, adapter: str = "", dtype: str = "auto") -> KVLinkEngine:
-    """An engine whose own store is in memory: commands give it theirs."""
+def load_engine(
+    model: str, adapter: str = "", dtype: str = "auto", encode_behind: str = ""
+) -> KVLinkEngine:
+    """An engine whose own store is in memory: commands give it theirs.
+
+    Args:
+        adapter, encode_behind: empty for none, and for the default.
+    """
     from kvlink_rag.common.progress import quiet_libraries
     from kvlink_rag.engine.engine import KVLinkEngine
     from kvlink_rag.store import MemoryStore
 
     quiet_libraries()
     return KVLinkEngine.from_pretrained(
-        model, store=MemoryStore(), adapter=adapter or None, dtype=dtype
+        model,
+        store=MemoryStore(),
+        adapter=adapter or None,
+        dtype=dtype,
+        encode_behind=cast("EncodeBehind", encode_behind) if encode_behind else None,
     )
 
 
@@ -100,13 +111,14 @@ def open_index(
         adapter = catalog.meta("adapter") or "" if adapter is None else adapter
         cache_after = int(catalog.meta("cache_after") or 0)
         recorded = catalog.meta("dtype") or "auto"
+        encode_behind = catalog.meta("encode_behind") or ""
         if len(catalog) == 0:
             raise InputError(
                 f"{folder} holds no chunks: run kvlink index PATH... --out {folder} first"
             )
     from kvlink_rag.index.index import KVIndex
 
-    engine = load_engine(model, adapter, dtype or recorded)
+    engine = load_engine(model, adapter, dtype or recorded, encode_behind)
     return KVIndex.open(folder, engine, remote=remote or None, cache_after=cache_after)
 
 

@@ -20,6 +20,7 @@ from filelock import FileLock
 from kvlink_rag.common.whole import write_whole
 from kvlink_rag.engine.report import way_in_words
 from kvlink_rag.errors import KVLinkWarning, StoreError
+from kvlink_rag.prompt.layout import EncodeBehind
 from kvlink_rag.prompt.segments import DEFAULT_RECOMPUTE, Strategy
 from kvlink_rag.runners.base import ModelRunner
 from kvlink_rag.store import FolderStore, KVStore
@@ -72,6 +73,18 @@ def choose(runner: ModelRunner, tuned: Choice | None = None) -> Choice:
         "full",
         f"{runner.name} can compute no part of a chunk anew here, and plain reuse answers worse",
     )
+
+
+def presumed(encode_behind: EncodeBehind, runner: ModelRunner) -> Choice | None:
+    """What `auto` takes, before anything was tuned, for chunks that were encoded so; None leaves
+    it to the model.
+
+    Behind made-up documents caches are so near to full prefill's that nothing has to be computed
+    anew (docs/accuracy.md). That was measured with untuned models.
+    """
+    if encode_behind == "documents" and runner.adapter is None:
+        return Choice("reuse", "chunks were encoded behind documents, and answer as full prefill")
+    return None
 
 
 class Choices:

@@ -16,7 +16,7 @@ from kvlink_rag.common.asynchronous import in_thread
 from kvlink_rag.common.progress import TokenProgress
 from kvlink_rag.engine.answer import Answer, AnswerStream
 from kvlink_rag.engine.batch import answer_all
-from kvlink_rag.engine.choice import Choices
+from kvlink_rag.engine.choice import Choices, presumed
 from kvlink_rag.engine.fidelity import Fidelity, FidelityMonitor, FidelityStats
 from kvlink_rag.engine.indexing import Indexing
 from kvlink_rag.engine.options import AnswerOptions, merged
@@ -56,14 +56,13 @@ class KVLinkEngine:
         name, tokenizer, adapter, fingerprint: the runner's; the last is part of every cache's key.
         store: where chunk caches are kept.
         layout: the prompt's parts as token ids.
-        behind: token ids that chunks are encoded behind.
+        encode_behind, behind: what chunks are encoded behind: its name, and token ids.
         options: the defaults of every answer.
         tuned: what :meth:`tune` chose for ``strategy="auto"``, here or beside the store, or None.
         pipeline: what answers are made with, for those who take a part in it themselves.
-        observers: called with each answer's :class:`~kvlink_rag.Report` and each indexing run's
-            :class:`~kvlink_rag.IndexReport` once it is complete, in the thread that completed it;
-            an answer that fails, or whose reader leaves, is not reported. Append to it, or use
-            :mod:`kvlink_rag.engine.observe`. Twins share it.
+        observers: called with the :class:`~kvlink_rag.Report` of each complete answer (none of one
+            that fails, or is left) and the :class:`~kvlink_rag.IndexReport` of each indexing run,
+            in its thread (:mod:`kvlink_rag.engine.observe`). Append to it; twins share it.
     """
 
     def __init__(
@@ -87,9 +86,9 @@ class KVLinkEngine:
             runner.tokenizer, prompt or (adapter.prompt if adapter else None)
         )
         self._chosen = (encode_behind, prompt)
-        if encode_behind is None:
-            encode_behind = adapter.encode_behind if adapter else DEFAULT_BEHIND
-        self.behind = tuple(self.layout.behind(encode_behind))
+        default = adapter.encode_behind if adapter else DEFAULT_BEHIND
+        self.encode_behind = default if encode_behind is None else encode_behind
+        self.behind = tuple(self.layout.behind(self.encode_behind))
         self.observers = Observers() if observers is None else observers
         prompts = Prompts(runner, self.layout, self.behind)
         self.pipeline = Pipeline.of(runner, store, prompts, monitor, self.observers)
@@ -125,10 +124,10 @@ class KVLinkEngine:
             device: `auto` takes an accelerator when there is one.
             dtype: what the model computes in and keeps caches in. `auto`: caches in the
                 checkpoint's, and on a CPU computation in float32 where that is faster.
-            encode_behind: what chunks are encoded behind: the model's default `system` prefix, its
-                bare chat `header`, or `alone`. Part of a cache's identity. None of them changes
-                with the system prompt of a question. None takes what the adapter was trained with,
-                else `system`.
+            encode_behind: what chunks are encoded behind: `documents` (the default system prefix
+                and made-up documents: best for `reuse`), that prefix (`system`), the bare chat
+                `header`, or `alone`. Part of a cache's identity; a question's system prompt changes
+                none. None takes what the adapter was trained with, else `system`.
             prompt: the words around chunks and question; None takes the adapter's.
             options: the defaults of every answer (:class:`AnswerOptions`).
 
@@ -157,9 +156,9 @@ class KVLinkEngine:
     ) -> KVLinkEngine:
         """A twin with another adapter, or none, that shares the base model's weights and the store.
 
-        It keeps the strategy; `link` becomes `reuse` where the other has no link tokens. What this
-        engine was given as ``encode_behind`` and ``prompt`` stays; what it was not given is the
-        other adapter's. ``merge_adapter`` None stays as it is. Errors as :meth:`from_pretrained`.
+        It keeps the strategy; `link` becomes `reuse` where the other has no link tokens. An
+        ``encode_behind`` or ``prompt`` that this one was given stays, else it is the other
+        adapter's. ``merge_adapter`` None stays as it is. Errors as :meth:`from_pretrained`.
         """
         trained = None if adapter is None else load_adapter(adapter)
         runner = self.runner.with_adapter(trained, merge=merge_adapter)
@@ -338,7 +337,8 @@ class KVLinkEngine:
         options: AnswerOptions,
     ) -> Request:
         self.runner.check_unchanged()
-        return Request.of(question, chunks, options, self.options, self.runner, self.tuned)
+        tuned = self.tuned or presumed(self.encode_behind, self.runner)
+        return Request.of(question, chunks, options, self.options, self.runner, tuned)
 
     def tune(
         self,

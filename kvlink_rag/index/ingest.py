@@ -43,6 +43,7 @@ class Splitting:
         model: whose tokens are counted.
         adapter: that the caches are to serve; empty for none.
         dtype: of the model and its caches; `auto` is the checkpoint's.
+        encode_behind: what chunks are encoded behind; empty for the adapter's, or the default.
     """
 
     tokens: int = 256
@@ -50,6 +51,7 @@ class Splitting:
     model: str = ""
     adapter: str = ""
     dtype: str = "auto"
+    encode_behind: str = ""
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or not 0 <= self.overlap < self.tokens:
@@ -62,6 +64,7 @@ class Splitting:
         """What is recorded for a file with this content."""
         settings = f"{self.tokens} {self.overlap} {self.model}\n{_caching(self.adapter)}\n"
         settings += "" if self.dtype == "auto" else f"{self.dtype}\n"
+        settings += f"behind {self.encode_behind}\n" if self.encode_behind else ""
         return hashlib.sha256(settings.encode() + data).hexdigest()
 
 

@@ -9,7 +9,7 @@ import tiny_adapters
 import torch
 
 from kvlink_rag import InputError
-from kvlink_rag.engine.choice import choose
+from kvlink_rag.engine.choice import Choice, choose
 
 QUESTION = "How tall is it?"
 TEXTS = ["Bees dance.", "The tower is 330 m tall.", "Ants follow trails of scent."]
@@ -83,3 +83,16 @@ class TestReports:
     def test_what_there_is(self):
         with pytest.raises(InputError, match=r"'auto', 'full', 'reuse'.*not 'magic'"):
             engine().prefill(QUESTION, TEXTS, strategy="magic")
+
+
+def test_chunks_encoded_behind_documents_are_reused(short_preamble):
+    one = engine(encode_behind="documents")
+    report = one.answer(QUESTION, TEXTS, max_new_tokens=1).report
+    assert (report.asked, report.strategy) == ("auto", "reuse")
+    assert "documents" in report.why
+    one.tuned = Choice("recompute", "measured", 0.3)
+    assert one.answer(QUESTION, TEXTS, max_new_tokens=1).report.recompute == 0.3
+    assert one.with_encode_behind("system").encode_behind == "system"
+    tuned = engine(encode_behind="documents").with_adapter(tiny_adapters.adapter())
+    assert tuned.encode_behind == "documents"
+    assert tuned.answer(QUESTION, TEXTS, max_new_tokens=1).report.strategy == "recompute"

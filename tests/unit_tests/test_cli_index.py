@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from kvlink_rag import KVIndex, KVLinkEngine
 from kvlink_rag.cli import app, index
+from kvlink_rag.cli.options import Behind
 from kvlink_rag.index import ingest
+from kvlink_rag.prompt.layout import EncodeBehind
 from kvlink_rag.store import FolderStore
 
 
@@ -207,6 +209,27 @@ def test_the_dtype_of_an_index_is_kept(shell: Shell, monkeypatch: pytest.MonkeyP
     assert loaded[-1] == torch.float32
     assert "1 hits, 0 misses" in shell.run(*question).output
     shell.index("--dtype", "int8", code=2)
+
+
+def test_what_chunks_are_encoded_behind_is_kept(shell: Shell, short_preamble: None) -> None:
+    assert get_args(Behind) == get_args(EncodeBehind)
+    shell.write("a.txt", paragraphs("apple"))
+    question = ("ask", shell.out, "apple?", "-k", "1", "--max-new-tokens", "2")
+    shell.index()
+    assert "recompute" in shell.run(*question).output
+    result = shell.index("--encode-behind", "documents")  # other caches: the file is done again
+    assert "1 changed" in result.stdout
+    answered = shell.run(*question).output
+    assert "1 hits, 0 misses" in answered
+    assert "auto: chunks were encoded behind documents" in answered
+    assert "1 unchanged" in shell.index().stdout
+    shell.write("b.txt", paragraphs("pear"))
+    shell.index()
+    assert "2 hits, 0 misses" in shell.run(*question[:3], "-k", "2").output
+    result = shell.index("--encode-behind", "system")
+    assert "2 changed" in result.stdout
+    assert "1 hits, 0 misses" in shell.run(*question).output
+    shell.index("--encode-behind", "nothing", code=2)
 
 
 def test_ask_tells_its_time_and_what_it_computes_anew(shell: Shell) -> None:
