@@ -118,9 +118,9 @@ class KVLinkEngine:
             adapter: trained link tokens and LoRA: the folder that ``kvlink train`` made, or the
                 name of one that comes with the package, such as `smollm2-135m-link5`, or of a
                 preset (:mod:`kvlink_rag.adapters.presets`). It is active in every strategy.
-            merge_adapter: add the adapter's LoRA to a copy of the weights that it changes: answers
-                come about a fifth faster on CPU, for nearly the memory of another model and rounded
-                to its dtype. Stored caches stay the same. A whole-model adapter always is merged.
+            merge_adapter: add the adapter's LoRA to a copy of the weights that it changes: where no
+                compiled step runs them, answers come about a fifth faster, for nearly the memory of
+                another model, rounded to its dtype. Caches stay. A whole-model one is always so.
             device: `auto` takes an accelerator when there is one.
             dtype: what the model computes in and keeps caches in. `auto`: caches in the
                 checkpoint's, and on a CPU computation in float32 where that is faster.

@@ -253,7 +253,7 @@ def with_norms_that_differ(model: Any) -> None:
 
 
 def with_another_activation(model: Any) -> None:
-    model.config.hidden_act = "gelu"
+    model.model.layers[3].mlp.act_fn = torch.nn.GELU()
 
 
 @pytest.mark.parametrize(

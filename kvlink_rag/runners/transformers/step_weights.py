@@ -57,6 +57,9 @@ class StepWeights:
         for row, layer in zip(self.layers, decoder.layers, strict=False):
             for module, part in _linear_layers(layer):
                 self._add_linear(module, part)
+            activation = getattr(layer.mlp, "act_fn", None) or layer.mlp.activation_fn
+            if type(activation).__name__ not in ("SiLU", "SiLUActivation"):
+                raise UnsupportedModelError(f"its activation is {type(activation).__name__}")
             row[k.BEFORE_ATTENTION] = self._norm(layer.input_layernorm)
             row[k.BEFORE_MLP] = self._norm(layer.post_attention_layernorm)
             if hasattr(layer.self_attn, "q_norm"):
@@ -149,9 +152,6 @@ def _check_make(model: PreTrainedModel) -> None:
     kind = type(model)
     if kind.__name__ not in MAKES or not kind.__module__.startswith("transformers.models."):
         raise UnsupportedModelError(f"{kind.__name__} is none of {', '.join(sorted(MAKES))}")
-    config = model.config
-    if config.hidden_act != "silu":
-        raise UnsupportedModelError(f"its activation is {config.hidden_act}")
     hooks = bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
     for module in model.modules():
         hooks |= bool(module._forward_hooks or module._forward_pre_hooks)
