@@ -35,7 +35,7 @@ Answers = dict[str, dict[Key, float]]
 def answers() -> Answers:
     """Exact match, 0 or 1, by row, set and question."""
     found: Answers = defaultdict(dict)
-    for folder in ("eval_link5", "eval_auto"):
+    for folder in ("eval_auto", "eval_link5"):  # of `full`, which both have, the one that is whole
         for line in (ROOT / folder / "answers.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             found[row["row"]][row["set"], row["id"]] = row["scores"]["em"]
