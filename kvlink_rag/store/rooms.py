@@ -1,7 +1,7 @@
 """Memory that caches are decoded into, and the next ones again when nobody reads them any more.
 
-Fresh pages cost the system more than decoding costs: ten caches of 500 tokens took 43 to 64 ms into
-fresh memory and 27 ms into memory that had been used before (SmolLM2-135M, `int8`, 2 threads).
+Fresh pages are a good part of what loading costs: ten caches of 500 tokens took 55 and 64 ms into
+fresh memory, 40 and 44 ms into memory that had been used before (SmolLM2-135M, `int8`, 2 threads).
 """
 
 from __future__ import annotations

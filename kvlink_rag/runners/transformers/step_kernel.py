@@ -3,7 +3,7 @@
 As a forward pass of torch it is some fifteen small operations a layer, each started by Python and
 waiting for all threads, and products of one row that reach half of what the memory gives. Here a
 team of threads goes through all of it together: each takes its share of the rows of every matrix,
-and they wait for one another six times a layer. All numbers on the way are float32, whatever the
+and they wait for one another seven times a layer. All numbers on the way are float32, whatever the
 weights are.
 """
 
