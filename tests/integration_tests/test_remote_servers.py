@@ -164,6 +164,29 @@ def test_two_machines(
     store.close()
 
 
+def test_a_forked_process_leaves_connections_alone(s3: dict[str, Any]) -> None:
+    """What it closes as it ends must not make its parent deaf, which is a time-out for each."""
+    program = (
+        "import json, os, sys\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from kvlink_rag.store import FsspecRemote\n"
+        "remote = FsspecRemote('s3://caches/forked', **json.loads(sys.argv[1]))\n"
+        "remote.write('0' * 64, b'x')\n"
+        "threads = ThreadPoolExecutor(8)\n"
+        "asked = lambda: all(threads.map(lambda _: remote.has('0' * 64), range(8)))\n"
+        "assert asked()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    assert remote.read('0' * 64) == b'x'\n"
+        "    sys.exit()\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
+        "assert asked()\n"
+    )
+    command = [sys.executable, "-c", program, json.dumps(s3)]
+    ended = subprocess.run(command, timeout=PATIENCE_S, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_credentials_of_the_environment(
     s3: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]
 ) -> None:

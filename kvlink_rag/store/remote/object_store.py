@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import secrets
+import selectors
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -175,6 +177,7 @@ class FsspecRemote:
             if self._scheme in S3:
                 files.retries = 1  # who calls tries again, and knows when not to
             self._opened = (os.getpid(), files, root.rstrip("/"))
+            _opened.add(files)
         _, files, root = self._opened
         return files, f"{root}/{key[:2]}/{key}.safetensors"
 
@@ -208,3 +211,25 @@ def _within(seconds: float, act: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="kvlink-remote", daemon=True).start()
     return done.result(seconds)
+
+
+_opened: weakref.WeakSet[Any] = weakref.WeakSet()
+_of_parent: list[object] = []
+
+
+def _leave_to_parent() -> None:
+    """Keep a forked process off the connections that its parent has open.
+
+    One epoll of both processes watches them. To close them here, as a garbage collection does or
+    the end of the process, would make the parent deaf to what comes on them; so this process' copy
+    of their event loop watches nothing, and they are kept from collection.
+    """
+    for files in list(_opened):
+        _of_parent.append(files)
+        loop: Any = getattr(files, "_loop", None)  # fsspec refuses `loop` after a fork
+        if hasattr(loop, "_selector"):
+            loop._selector = selectors.SelectSelector()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
