@@ -24,7 +24,7 @@ from kvlink_rag.runners.transformers.positions import attend_at
 from kvlink_rag.runners.transformers.scratch import Scratch
 from kvlink_rag.runners.transformers.visibility import Block, Span, Visibility
 
-MANY_QUERIES = 64
+MANY_QUERIES = 40
 """From so many new tokens on it is faster to move a layer's keys than the queries."""
 
 

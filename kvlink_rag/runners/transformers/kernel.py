@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -51,7 +52,28 @@ def _to_pointer(context: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
+def _widened(context: Any, half: Any) -> Any:
+    """A bfloat16, given as its bits, as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+def _bits_of(context: Any, number: Any) -> Any:
+    """The bits of a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
 pointer: Any = intrinsic(_to_pointer)
+wide: Any = intrinsic(_widened)
+bits: Any = intrinsic(_bits_of)
 thread_num: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
 num_threads: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
 

@@ -6,14 +6,18 @@ products, and those are few and large then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
+from kvlink_rag.runners.transformers import softmax
 from kvlink_rag.runners.transformers.scratch import Scratch
 from kvlink_rag.runners.transformers.visibility import bias_of
 
-BLOCK_QUERIES = 64
+Weigh = Callable[[torch.Tensor], torch.Tensor]
+
+BLOCK_QUERIES = 128
 """Queries that attention is computed for at once: their scores stay in the processor's cache."""
 
 BLOCK_KEYS = 128
@@ -47,20 +51,18 @@ def attend_at(
     kv_heads, group = len(keys), len(query) // len(keys)
     mixed = query.new_empty(len(positions), len(query), values.shape[2])
     result = mixed.view(-1, kv_heads, group, values.shape[2]).permute(1, 2, 0, 3)
+    weigher = _compiled if softmax.available(query.dtype) else _by_torch
     for start in range(0, len(positions), BLOCK_QUERIES):
         at = positions[start : start + BLOCK_QUERIES]
         stop = min(-(-(at[-1] + 1) // BLOCK_KEYS) * BLOCK_KEYS, keys.shape[1])
         seen = slice(0 if window is None else max(at[0] - window + 1, 0), stop)
-        first, bias = _hidden(at, seen, window, query.dtype)
+        weigh = weigher(at, seen, window, group, scratch)
         for head in range(kv_heads):
             rows = query[head * group : (head + 1) * group, start : start + len(at)].flatten(0, 1)
             shape = (len(rows), seen.stop - seen.start)
             scores = scratch.tensor("scores", shape, rows.dtype)
             torch.mm(rows, keys[head, seen].T, out=scores)
-            if bias is not None:
-                scores.view(group, len(at), -1)[..., first:] += bias
-            weights = scratch.tensor("weights", shape, rows.dtype)
-            torch.softmax(scores, -1, out=weights)
+            weights = weigh(scores)
             if paid is not None:
                 counted = paid[seen]
                 counted += weights.sum(0, dtype=torch.float32)[: len(counted)]
@@ -69,14 +71,35 @@ def attend_at(
     return mixed
 
 
-def _hidden(
-    at: Sequence[int], seen: slice, window: int | None, dtype: torch.dtype
-) -> tuple[int, torch.Tensor | None]:
-    """What is added to the scores of queries over the positions ``seen``.
+def _compiled(
+    at: Sequence[int], seen: slice, window: int | None, group: int, scratch: Scratch
+) -> Weigh:
+    """How scores ``[group * queries, columns]`` of positions ``seen`` become weights."""
+    stop = np.tile(np.array(at, dtype=np.int64) + 1 - seen.start, group)
+    first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
 
-    Returns:
-        the first column that one of them may not see, and from there on 0 or -inf, ``[queries,
-        columns]``; None where each sees all.
-    """
+    def weigh(scores: torch.Tensor) -> torch.Tensor:
+        softmax.softmax_seen(scores, first, stop, scratch)
+        return scores
+
+    return weigh
+
+
+def _by_torch(
+    at: Sequence[int], seen: slice, window: int | None, group: int, scratch: Scratch
+) -> Weigh:
+    """As :func:`_compiled`, where nothing can be compiled."""
+    # the first column that one of the queries may not see
     first = seen.start if window is not None else min(at[0] + 1, seen.stop - 1)
-    return first - seen.start, bias_of(at, range(first, seen.stop), window, dtype)
+    bias: torch.Tensor | None = None
+
+    def weigh(scores: torch.Tensor) -> torch.Tensor:
+        nonlocal bias
+        bias = bias_of(at, range(first, seen.stop), window, scores.dtype) if bias is None else bias
+        if bias is not None:
+            scores.view(group, len(at), -1)[..., first - seen.start :] += bias
+        weights = scratch.tensor("weights", tuple(scores.shape), scores.dtype)
+        torch.softmax(scores, -1, out=weights)
+        return weights
+
+    return weigh

@@ -12,9 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, njit, types
-from numba.extending import intrinsic
 
 from kvlink_rag.runners.transformers import kernel as k
 from kvlink_rag.runners.transformers.kernel import MATH, num_threads, pointer, thread_num
@@ -56,29 +54,6 @@ _OUT, _GATE, _UP, _DOWN = range(3, len(LINEARS))
 barrier: Any = types.ExternalFunction("GOMP_barrier", types.void())
 
 
-def _widened(context: Any, half: Any) -> Any:
-    """A bfloat16, given as its bits, as float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(bits, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
-
-    return types.float32(types.uint16), generate
-
-
-def _bits_of(context: Any, number: Any) -> Any:
-    """The bits of a float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-_wide: Any = intrinsic(_widened)
-_bits: Any = intrinsic(_bits_of)
-
-
 @njit(fastmath=MATH)
 def _product(
     address: int, half: bool, first: int, last: int, columns: int, x: Any, out: Any
@@ -89,7 +64,7 @@ def _product(
         for row in range(first, last):
             total = np.float32(0)
             for i in range(columns):
-                total += _wide(halves[row, i]) * x[i]
+                total += k.wide(halves[row, i]) * x[i]
             out[row] = total
     else:
         whole = carray(pointer(address), (last, columns), np.float32)
@@ -117,7 +92,7 @@ def _linear(it: Any, first: int, last: int, x: Any, out: Any, own: Any) -> None:
         halves = carray(pointer(it[LARGE]), (last, rank), np.uint16)
         for row in range(first, last):
             for i in range(rank):
-                out[row] += scaling * _wide(halves[row, i]) * own[i]
+                out[row] += scaling * k.wide(halves[row, i]) * own[i]
     else:
         whole = carray(pointer(it[LARGE]), (last, rank), np.float32)
         for row in range(first, last):
@@ -158,7 +133,7 @@ def _keep(x: Any, start: int, dim: int, address: int, half: bool) -> None:
     if half:
         halves = carray(pointer(address), (dim,), np.uint16)
         for i in range(dim):
-            bits = _bits(x[start + i])  # to the nearest, and to the even one between two
+            bits = k.bits(x[start + i])  # to the nearest, and to the even one between two
             halves[i] = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> 16
     else:
         whole = carray(pointer(address), (dim,), np.float32)
