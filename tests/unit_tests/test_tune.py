@@ -96,8 +96,8 @@ class TestMeasured:
         assert (tmp_path / "deep" / "tune.png").read_bytes().startswith(b"\x89PNG")
 
 
-def measured(strategy="reuse", share=0.0, same=1.0, kl=0.0, ttft_s=0.1):
-    return Measured(strategy, share, same, same, same, kl, ttft_s)
+def measured(strategy="reuse", share=0.0, same=1.0, kl=0.0, ttft_s=0.1, tokens=1000):
+    return Measured(strategy, share, same, same, same, kl, ttft_s, tokens)
 
 
 FULL = measured("full", ttft_s=1.0)
@@ -118,6 +118,13 @@ class TestBest:
         assert (choice.strategy, choice.recompute) == ("full", 0.0)
         assert "caches are bad for this model; even by reuse only" in choice.why
         assert choice.why.startswith("tuned by 1 question:")
+
+    @pytest.mark.parametrize(
+        ("same", "tokens", "expected"),
+        [(0.94, 191, "reuse"), (0.94, 2000, "full"), (0.93, 191, "full"), (0.946, 2000, "reuse")],
+    )
+    def test_the_share_of_few_tokens_is_not_taken_too_exactly(self, same, tokens, expected):
+        assert best_of([measured(same=same, tokens=tokens), FULL], 1).strategy == expected
 
     def test_full_where_it_is_as_quick(self):
         choice = best_of([FULL, measured(ttft_s=2.0)], 3)
