@@ -90,7 +90,9 @@ def update(index: KVIndex, dtype: str = "auto") -> None:
     """Index the articles that the index does not have yet."""
     from kvlink_rag.index.ingest import Plan, Splitting, carry_out, read_files
 
-    splitting = Splitting(model=index.engine.name, dtype=dtype)
+    splitting = Splitting(
+        model=index.engine.name, dtype=dtype, encode_behind=index.engine.encode_behind
+    )
     recorded = index.catalog.sources()
     plan = Plan()
     for file in corpus_files():

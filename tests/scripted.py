@@ -104,7 +104,11 @@ class _Scripted:
 def engine(runner: ScriptedRunner | None = None, **options: Any) -> KVLinkEngine:
     """An engine over a scripted runner: store in memory, `reuse`, unless told otherwise."""
     store = open_store(tiny.its_store(options))
-    return KVLinkEngine(runner or ScriptedRunner(), store, **{"strategy": "reuse", **options})
+    return KVLinkEngine(
+        runner or ScriptedRunner(),
+        store,
+        **{"strategy": "reuse", "encode_behind": "system", **options},
+    )
 
 
 def rewrite(

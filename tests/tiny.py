@@ -115,10 +115,12 @@ def model(name: str) -> hf.PreTrainedModel:
 def engine(name: str = "llama", **options: Any) -> KVLinkEngine:
     """An engine over a tiny model: store in memory, `reuse`, unless told otherwise.
 
-    Few words around the question, so that short sliding windows reach the chunks.
+    Few words around the question, so that short sliding windows reach the chunks; and without an
+    adapter chunks are encoded behind the prefix, since made-up documents have a token a byte here.
     """
     template = PromptTemplate(before="Read:\n", question="{question}")
-    options = {"prompt": template, "strategy": "reuse", **options}
+    behind = {} if options.get("adapter") else {"encode_behind": "system"}
+    options = {"prompt": template, "strategy": "reuse", **behind, **options}
     store = its_store(options)
     return KVLinkEngine.from_pretrained((model(name), tokenizer()), store=store, **options)
 

@@ -27,6 +27,8 @@ from kvlink_rag.errors import AdapterError
 from kvlink_rag.prompt.layout import EncodeBehind, PromptTemplate
 
 AdapterKind = Literal["cache-preserving", "whole-model"]
+SHARED: tuple[EncodeBehind, ...] = ("documents", "system")
+"""What chunks are encoded behind that models without and with a cache-preserving adapter read."""
 FORMAT = 1
 SETTINGS = "kvlink.json"
 LINKS = "links.safetensors"
@@ -213,3 +215,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return list(value)
     return getattr(value, "value", None) or str(value)
+
+
+def reads_its_own(adapter: Adapter | None) -> bool:
+    """Whether caches that were made without an adapter are of no use to it: its model is another,
+    or it was trained for chunks that have not seen the prompt's prefix.
+    """
+    if adapter is None:
+        return False
+    return adapter.kind == "whole-model" or adapter.encode_behind not in SHARED
+
+
+def kept_behind(
+    adapter: Adapter | None, now: EncodeBehind, told: EncodeBehind | None
+) -> EncodeBehind | None:
+    """What chunks stay encoded behind when an engine takes an adapter, or none in its place, so
+    that one store serves both; None leaves it to the adapter, or the default.
+
+    Args:
+        now: what the engine's chunks are encoded behind; ``told`` if somebody said so.
+    """
+    if told is not None and not (adapter and adapter.kind == "whole-model"):
+        return told
+    return now if now in SHARED and not reads_its_own(adapter) else None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ASK_ABOVE = 10**9
 """Bytes of new caches above which a person is asked."""
 
-AT_FIRST = {"adapter": "", "dtype": "auto", "encode_behind": "", "cache_after": "0"}
+AT_FIRST = {"adapter": "", "dtype": "auto", "cache_after": "0"}
 """What an index has that does not say."""
 KEPT = ("model", "model_name", "chunk_tokens", "overlap", *AT_FIRST)
 """Settings of an index that hold until others are given."""
@@ -91,8 +91,7 @@ def index(
     encode_behind: Annotated[
         Behind | None,
         typer.Option(
-            help="What chunks are encoded behind; documents is best for reuse. Default: as before, "
-            "or the adapter's, or system."
+            help="What chunks are encoded behind. Default: as before, the adapter's, or documents."
         ),
     ] = None,
     encrypt: Annotated[
@@ -114,11 +113,12 @@ def index(
         check_codec(codec)
     known, recorded = _known(out)
     splitting = _splitting(out, known, model, chunk_tokens, overlap)
+    adapter = _absolute(adapter) if adapter is not None else known.get("adapter", "")
     splitting = replace(
         splitting,
-        adapter=_absolute(adapter) if adapter is not None else known.get("adapter", ""),
+        adapter=adapter,
         dtype=dtype or known.get("dtype", "auto"),
-        encode_behind=encode_behind or known.get("encode_behind", ""),
+        encode_behind=_behind(out, adapter, encode_behind),
     )
     after = int(known.get("cache_after", 0)) if cache_after is None else cache_after
     keeping = Keeping(codec, after, env_key if encrypt else None, remote or None)
@@ -167,6 +167,32 @@ def _splitting(
     )
 
 
+def _behind(out: Path, adapter: str, given: Behind | None) -> Behind:
+    """What is given, else what the index was made with, else the adapter's, or the default.
+
+    Raises:
+        InputError: the adapter was trained for something else than is given.
+    """
+    from kvlink_rag.adapters.adapter import reads_its_own
+    from kvlink_rag.adapters.load import load_adapter
+    from kvlink_rag.index.behind import recorded_behind
+    from kvlink_rag.index.catalog import IndexCatalog
+    from kvlink_rag.index.check import is_index
+    from kvlink_rag.prompt.layout import DEFAULT_BEHIND
+
+    trained = load_adapter(adapter) if adapter else None
+    own = DEFAULT_BEHIND if trained is None else trained.encode_behind
+    if given and given != own and reads_its_own(trained):
+        raise InputError(
+            f"--encode-behind {given}: the adapter {adapter} was trained for chunks encoded behind "
+            f"{own!r}; leave the option out"
+        )
+    if given or not is_index(out):
+        return given or own
+    with closing(IndexCatalog(out)) as catalog:
+        return recorded_behind(catalog, trained) or own
+
+
 def _absolute(name: str) -> str:
     """A path that exists, from the root on: the index may be used from anywhere. Else the name."""
     path = Path(name).expanduser()
@@ -192,13 +218,13 @@ def _chosen(splitting: Splitting, keeping: Keeping) -> dict[str, str]:
     return {
         "adapter": splitting.adapter,
         "dtype": splitting.dtype,
-        "encode_behind": splitting.encode_behind,
         "cache_after": str(keeping.after),
     }
 
 
 def _update(out: Path, plan: Plan, splitting: Splitting, keeping: Keeping, yes: bool) -> Summary:
     """Read what changed, say what its caches will take, and index it."""
+    from kvlink_rag.index.behind import behind_to_record
     from kvlink_rag.index.catalog import CACHES
     from kvlink_rag.index.check import is_index
     from kvlink_rag.index.index import KVIndex
@@ -227,6 +253,7 @@ def _update(out: Path, plan: Plan, splitting: Splitting, keeping: Keeping, yes: 
     ) as opened:
         settings = {"chunk_tokens": str(splitting.tokens), "overlap": str(splitting.overlap)}
         settings |= {"model": splitting.model}
+        settings |= behind_to_record(engine.encode_behind, engine.adapter)
         opened.catalog.set_meta(settings | _chosen(splitting, keeping))
         return carry_out(work, opened)
 

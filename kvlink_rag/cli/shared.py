@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
@@ -71,12 +71,16 @@ def prepare() -> None:
 
 
 def load_engine(
-    model: str, adapter: str = "", dtype: str = "auto", encode_behind: str = ""
+    model: str,
+    adapter: str = "",
+    dtype: str = "auto",
+    encode_behind: EncodeBehind | None = None,
 ) -> KVLinkEngine:
     """An engine whose own store is in memory: commands give it theirs.
 
     Args:
-        adapter, encode_behind: empty for none, and for the default.
+        adapter: empty for none.
+        encode_behind: None for the adapter's, or the default, or what the index has that is opened.
     """
     from kvlink_rag.common.progress import quiet_libraries
     from kvlink_rag.engine.engine import KVLinkEngine
@@ -88,7 +92,7 @@ def load_engine(
         store=MemoryStore(),
         adapter=adapter or None,
         dtype=dtype,
-        encode_behind=cast("EncodeBehind", encode_behind) if encode_behind else None,
+        encode_behind=encode_behind,
     )
 
 
@@ -111,14 +115,13 @@ def open_index(
         adapter = catalog.meta("adapter") or "" if adapter is None else adapter
         cache_after = int(catalog.meta("cache_after") or 0)
         recorded = catalog.meta("dtype") or "auto"
-        encode_behind = catalog.meta("encode_behind") or ""
         if len(catalog) == 0:
             raise InputError(
                 f"{folder} holds no chunks: run kvlink index PATH... --out {folder} first"
             )
     from kvlink_rag.index.index import KVIndex
 
-    engine = load_engine(model, adapter, dtype or recorded, encode_behind)
+    engine = load_engine(model, adapter, dtype or recorded)
     return KVIndex.open(folder, engine, remote=remote or None, cache_after=cache_after)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.common.whole import write_whole
 from kvlink_rag.engine.report import way_in_words
 from kvlink_rag.errors import KVLinkWarning, StoreError
@@ -28,6 +29,9 @@ from kvlink_rag.store.folder.behind import FolderBehind
 
 StrategyOption = Literal["auto", "full", "reuse", "link", "recompute"]
 """What can be asked for: a strategy, or the choice of one."""
+
+BEHIND_DOCUMENTS = 0.04
+"""Share of the chunks' tokens."""
 
 FILE = "tuned.json"
 """In a store's folder: choices, by who reads its caches."""
@@ -52,8 +56,8 @@ class Choice:
         return way_in_words(self.strategy, self.recompute)
 
 
-def choose(runner: ModelRunner, tuned: Choice | None = None) -> Choice:
-    """The strategy of `auto` for a model.
+def choose(runner: ModelRunner, encode_behind: EncodeBehind, tuned: Choice | None = None) -> Choice:
+    """The strategy of `auto` for a model, and chunks that were encoded behind something.
 
     Plain `reuse` answers worse than full prefill unless the model itself was trained for it, and a
     cache-preserving adapter restores a part only; `recompute` by question comes nearer for both
@@ -68,23 +72,22 @@ def choose(runner: ModelRunner, tuned: Choice | None = None) -> Choice:
     if adapter is not None and adapter.kind == "whole-model" and "reuse" in strategies:
         return Choice("reuse", f"the weights of {adapter.name} were trained for chunks read apart")
     if "recompute" in strategies:
-        return Choice("recompute", "plain reuse answers worse than full prefill")
+        why = "plain reuse answers worse than full prefill"
+        return Choice("recompute", why, _share(encode_behind, adapter))
     return Choice(
         "full",
         f"{runner.name} can compute no part of a chunk anew here, and plain reuse answers worse",
     )
 
 
-def presumed(encode_behind: EncodeBehind, runner: ModelRunner) -> Choice | None:
-    """What `auto` takes, before anything was tuned, for chunks that were encoded so; None leaves
-    it to the model.
+def _share(encode_behind: EncodeBehind, adapter: Adapter | None) -> float:
+    """What `auto` computes anew, before anything was tuned.
 
-    Behind made-up documents plain `reuse` comes as near to full prefill as what `auto` computes
-    anew behind the prefix (docs/accuracy.md). That was measured with an untuned model.
+    Chunks that were encoded behind documents are nearer to what they are in a prompt: 4 % anew do
+    for an untuned model what 15 % do behind the prefix, and for an adapter they were too little
+    (docs/accuracy.md).
     """
-    if encode_behind == "documents" and runner.adapter is None:
-        return Choice("reuse", "chunks were encoded behind documents, as good as 15 % anew")
-    return None
+    return BEHIND_DOCUMENTS if encode_behind == "documents" and not adapter else DEFAULT_RECOMPUTE
 
 
 class Choices:

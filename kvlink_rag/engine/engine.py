@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from kvlink_rag.adapters.adapter import Adapter
+from kvlink_rag.adapters.adapter import Adapter, kept_behind
 from kvlink_rag.adapters.load import load_adapter
 from kvlink_rag.chunk import Chunk, as_chunks
 from kvlink_rag.common.asynchronous import in_thread
 from kvlink_rag.common.progress import TokenProgress
 from kvlink_rag.engine.answer import Answer, AnswerStream
 from kvlink_rag.engine.batch import answer_all
-from kvlink_rag.engine.choice import Choices, presumed
+from kvlink_rag.engine.choice import Choices, choose
 from kvlink_rag.engine.fidelity import Fidelity, FidelityMonitor, FidelityStats
 from kvlink_rag.engine.indexing import Indexing
 from kvlink_rag.engine.options import AnswerOptions, merged
@@ -78,16 +78,15 @@ class KVLinkEngine:
         **options: Unpack[AnswerOptions],
     ) -> None:
         adapter = runner.adapter
-        self.runner, self.store = runner, store
+        self.runner, self.store, self.fingerprint = runner, store, runner.fingerprint
         self.name, self.tokenizer, self.adapter = runner.name, runner.tokenizer, adapter
-        self.fingerprint = runner.fingerprint
         self.options = check_options(options, runner)
         self.layout = PromptLayout(
             runner.tokenizer, prompt or (adapter.prompt if adapter else None)
         )
         self._chosen = (encode_behind, prompt)
-        default = adapter.encode_behind if adapter else DEFAULT_BEHIND
-        self.encode_behind = default if encode_behind is None else encode_behind
+        own = adapter.encode_behind if adapter else DEFAULT_BEHIND
+        self.encode_behind = own if encode_behind is None else encode_behind
         self.behind = tuple(self.layout.behind(self.encode_behind))
         self.observers = Observers() if observers is None else observers
         prompts = Prompts(runner, self.layout, self.behind)
@@ -124,10 +123,9 @@ class KVLinkEngine:
             device: `auto` takes an accelerator when there is one.
             dtype: what the model computes in and keeps caches in. `auto`: caches in the
                 checkpoint's, and on a CPU computation in float32 where that is faster.
-            encode_behind: what chunks are encoded behind: `documents` (the default system prefix
-                and made-up documents: best for `reuse`), that prefix (`system`), the bare chat
-                `header`, or `alone`. Part of a cache's identity; a question's system prompt changes
-                none. None takes what the adapter was trained with, else `system`.
+            encode_behind: what chunks are encoded behind, and part of a cache's identity: the
+                default system prefix and made-up `documents`, that prefix (`system`), the bare chat
+                `header`, or `alone`. None takes the adapter's, else `documents`.
             prompt: the words around chunks and question; None takes the adapter's.
             options: the defaults of every answer (:class:`AnswerOptions`).
 
@@ -147,26 +145,28 @@ class KVLinkEngine:
         """A twin with another store; it shares the model and :attr:`fidelity_stats`."""
         return self._twin(self.runner, open_store(store), *self._chosen)
 
-    def with_encode_behind(self, encode_behind: EncodeBehind) -> KVLinkEngine:
-        """A twin whose chunks are encoded behind something else; it shares model and store."""
-        return self._twin(self.runner, self.store, encode_behind, self._chosen[1])
+    def with_encode_behind(self, behind: EncodeBehind, *, override: bool = True) -> KVLinkEngine:
+        """A twin with the model and store, whose chunks are encoded behind something else; without
+        ``override``, this one where it was told what."""
+        if self._chosen[0] is not None and not override:
+            return self
+        return self._twin(self.runner, self.store, behind, self._chosen[1])
 
     def with_adapter(
         self, adapter: str | Path | Adapter | None, *, merge_adapter: bool | None = None
     ) -> KVLinkEngine:
         """A twin with another adapter, or none, that shares the base model's weights and the store.
 
-        It keeps the strategy; `link` becomes `reuse` where the other has no link tokens. An
-        ``encode_behind`` or ``prompt`` that this one was given stays, else it is the other
-        adapter's. ``merge_adapter`` None stays as it is. Errors as :meth:`from_pretrained`.
+        It keeps the strategy; `link` becomes `reuse` where the other has no link tokens. ``prompt``
+        stays if this one was given it, what chunks are encoded behind where the other can read it,
+        and ``merge_adapter`` None as it is. Errors as :meth:`from_pretrained`.
         """
         trained = None if adapter is None else load_adapter(adapter)
         runner = self.runner.with_adapter(trained, merge=merge_adapter)
-        linked = trained is not None and trained.links is not None
-        changes: AnswerOptions = {}
-        if self.options.get("strategy") == "link" and not linked:
-            changes = {"strategy": "reuse"}
-        return self._twin(runner, self.store, *self._chosen, **changes)
+        cannot = self.options.get("strategy") == "link" and not (trained and trained.links)
+        changes: AnswerOptions = {"strategy": "reuse"} if cannot else {}
+        behind = kept_behind(trained, self.encode_behind, self._chosen[0])
+        return self._twin(runner, self.store, behind, self._chosen[1], **changes)
 
     def _twin(
         self,
@@ -337,8 +337,8 @@ class KVLinkEngine:
         options: AnswerOptions,
     ) -> Request:
         self.runner.check_unchanged()
-        tuned = self.tuned or presumed(self.encode_behind, self.runner)
-        return Request.of(question, chunks, options, self.options, self.runner, tuned)
+        auto = choose(self.runner, self.encode_behind, self.tuned)
+        return Request.of(question, chunks, options, self.options, self.runner, auto)
 
     def tune(
         self,

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 from kvlink_rag.adapters.load import shipped_adapters
 from kvlink_rag.chunk import Chunk, as_chunks
-from kvlink_rag.engine.choice import Choice, StrategyOption, choose
+from kvlink_rag.engine.choice import Choice, StrategyOption
 from kvlink_rag.engine.fidelity import check_limit, check_rate, check_tokens
 from kvlink_rag.engine.options import AnswerOptions, filled, merged
 from kvlink_rag.engine.report import Report
@@ -48,13 +48,14 @@ class Request:
         given: AnswerOptions,
         defaults: AnswerOptions,
         runner: ModelRunner,
-        tuned: Choice | None = None,
+        auto: Choice | None = None,
     ) -> Request:
         """A question with its chunks and options.
 
         Args:
             given: options of this one; ``defaults`` are the engine's.
-            tuned: what a trial has chosen for `auto`. A share that is given goes before its.
+            auto: what that strategy comes to, where it may be asked for. A share that is given
+                goes before its.
 
         Raises:
             InputError: question, chunks or an option have no meaning.
@@ -62,7 +63,7 @@ class Request:
         """
         known = merged(defaults, given)
         options = filled(known)
-        choice = _chosen(options.strategy, runner, tuned)
+        choice = _chosen(options.strategy, runner, auto)
         share = options.recompute if "recompute" in known else choice.recompute
         return cls(
             messages=_messages(question, given.get("system"), defaults.get("system")),
@@ -91,7 +92,7 @@ def check_options(options: AnswerOptions, runner: ModelRunner) -> AnswerOptions:
     Raises:
         as :meth:`Request.of`.
     """
-    Request.of("any question", (), options, {}, runner)
+    Request.of("any question", (), options, {}, runner, Choice("full", "it can always be had"))
     return merged({}, options)
 
 
@@ -105,9 +106,9 @@ def _messages(
     return messages
 
 
-def _chosen(asked: str, runner: ModelRunner, tuned: Choice | None) -> Choice:
-    if asked == "auto":
-        return choose(runner, tuned)
+def _chosen(asked: str, runner: ModelRunner, auto: Choice | None) -> Choice:
+    if asked == "auto" and auto is not None:
+        return auto
     return Choice(check_strategy(asked, runner), "")
 
 

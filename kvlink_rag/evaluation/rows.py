@@ -57,8 +57,9 @@ def row_engines(base: KVLinkEngine, rows: Sequence[Row]) -> dict[Row, KVLinkEngi
                 f"row {row.name!r}: adapter {row.adapter!r} has no link tokens, so strategy 'link' "
                 "is not for it: use 'reuse' or 'full'"
             )
-        if row.encode_behind is not None:
-            engine = engine.with_encode_behind(row.encode_behind)
+        trained = engine.adapter.encode_behind if engine.adapter else None
+        if (behind := row.encode_behind or trained) is not None:
+            engine = engine.with_encode_behind(behind)
         if row.codec != RAW:
             engine = engine.with_store(CodedStore(engine.store, row.codec))
         engines[row] = engine

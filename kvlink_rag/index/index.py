@@ -16,6 +16,7 @@ from kvlink_rag.engine.tune import TuneSettings, Tuning
 from kvlink_rag.errors import IndexMismatchError, InputError, StoreError
 from kvlink_rag.index import catalog as sql
 from kvlink_rag.index import check as index_check
+from kvlink_rag.index.behind import behind_to_record, recorded_behind
 from kvlink_rag.index.catalog import CACHES, IndexCatalog, IndexStat
 from kvlink_rag.index.check import Progress
 from kvlink_rag.index.cost import to_encode
@@ -92,7 +93,8 @@ class KVIndex:
         Args:
             folder: made with mode 0700 when it is not there. A read-only one can be searched.
             engine: encodes and answers. Another model than before is allowed: its chunk caches are
-                computed when they are first needed.
+                computed when they are first needed. One that was not told what chunks are encoded
+                behind takes what the index was made with.
             embeddings: texts to vectors ``[texts, dim]``; None takes
                 ``sentence-transformers/all-MiniLM-L6-v2``.
             codec: what a new index keeps its caches as (:mod:`kvlink_rag.store.codec`); None is
@@ -125,7 +127,10 @@ class KVIndex:
         except BaseException:
             catalog.close()
             raise
-        index = cls(catalog, store, engine.with_store(store), embeddings)
+        engine = engine.with_store(store)
+        if (behind := recorded_behind(catalog, engine.adapter)) is not None:
+            engine = engine.with_encode_behind(behind, override=False)
+        index = cls(catalog, store, engine, embeddings)
         if not catalog.readonly:
             index._table.forget_later(catalog.generation())
         return index
@@ -315,6 +320,7 @@ class KVIndex:
             "embedding_dim": str(dim),
             "model_name": str(getattr(self.engine, "name", "")),
             "fingerprint": self.engine.fingerprint,
+            **behind_to_record(self.engine.encode_behind, self.engine.adapter),
         }
 
     def _vectors(self, chunks: Sequence[Chunk]) -> Vectors:

@@ -22,7 +22,7 @@ from kvlink_rag.errors import InputError
 from kvlink_rag.index.catalog import CACHES, IndexCatalog
 from kvlink_rag.index.cost import to_encode
 from kvlink_rag.index.documents import Skipped, chunks_of, look, parse, read_bytes
-from kvlink_rag.prompt.layout import DEFAULT_BEHIND, PromptTemplate, render_chunk
+from kvlink_rag.prompt.layout import DEFAULT_BEHIND, EncodeBehind, PromptTemplate, render_chunk
 from kvlink_rag.store import EncryptionKey, KVStore, RemoteTier, open_store
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Splitting:
         model: whose tokens are counted.
         adapter: that the caches are to serve; empty for none.
         dtype: of the model and its caches; `auto` is the checkpoint's.
-        encode_behind: what chunks are encoded behind; empty for the adapter's, or the default.
+        encode_behind: what chunks are encoded behind.
     """
 
     tokens: int = 256
@@ -51,7 +51,7 @@ class Splitting:
     model: str = ""
     adapter: str = ""
     dtype: str = "auto"
-    encode_behind: str = ""
+    encode_behind: EncodeBehind = DEFAULT_BEHIND
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or not 0 <= self.overlap < self.tokens:
@@ -62,24 +62,24 @@ class Splitting:
 
     def digest(self, data: bytes) -> str:
         """What is recorded for a file with this content."""
-        settings = f"{self.tokens} {self.overlap} {self.model}\n{_caching(self.adapter)}\n"
+        settings = f"{self.tokens} {self.overlap} {self.model}\n"
+        settings += f"{_caching(self.adapter, self.encode_behind)}\n"
         settings += "" if self.dtype == "auto" else f"{self.dtype}\n"
-        settings += f"behind {self.encode_behind}\n" if self.encode_behind else ""
         return hashlib.sha256(settings.encode() + data).hexdigest()
 
 
-def _caching(adapter: str) -> str:
+def _caching(adapter: str, behind: EncodeBehind) -> str:
     """What, besides the chunks and the model, decides which caches the engine looks up.
 
     A version that changes any of it must do every file again, or answers would find no caches. A
     cache-preserving adapter with the default prompt changes nothing.
     """
-    prompt, behind, owner = PromptTemplate(), DEFAULT_BEHIND, ""
+    prompt, owner = PromptTemplate(), ""
     if adapter:
         from kvlink_rag.adapters.load import load_adapter
 
         loaded = load_adapter(adapter)
-        prompt, behind = loaded.prompt, loaded.encode_behind
+        prompt = loaded.prompt
         owner = loaded.fingerprint if loaded.kind == "whole-model" else ""
     shown = render_chunk(Chunk("text", title="title"), prompt.chunk)
     return f"{FORMAT_VERSION} {(prompt, behind, shown)}{owner}"

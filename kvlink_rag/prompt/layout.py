@@ -36,7 +36,7 @@ EncodeBehind = Literal["documents", "system", "header", "alone"]
 """What chunks are encoded behind: the default system prefix and made-up documents, that prefix by
 itself, the bare chat header, or nothing."""
 
-DEFAULT_BEHIND: EncodeBehind = "system"
+DEFAULT_BEHIND: EncodeBehind = "documents"
 
 Turn = Literal["user", "system"]
 """In whose turn chunks stand, unless a message names their place."""

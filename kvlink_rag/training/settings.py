@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from kvlink_rag.adapters.adapter import AdapterKind
 from kvlink_rag.adapters.links import LinkLayout
 from kvlink_rag.errors import InputError
-from kvlink_rag.prompt.layout import DEFAULT_BEHIND, EncodeBehind
+from kvlink_rag.prompt.layout import EncodeBehind
 from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
 from kvlink_rag.training.lesson import View
 
@@ -176,7 +176,7 @@ class TrainSettings:
         """What chunks are encoded behind."""
         if self.encode_behind is not None:
             return self.encode_behind
-        return "alone" if self.kind == "whole-model" else DEFAULT_BEHIND
+        return "alone" if self.kind == "whole-model" else "system"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in the file."""

@@ -412,7 +412,7 @@ class TestSharing:
     def test_what_the_user_left_open_is_the_adapters(self):
         words = PromptTemplate(before="Trained:\n", question="! {question}")
         trained = tiny_adapters.adapter(encode_behind="alone", prompt=words)
-        engine = tiny.engine(prompt=None).with_adapter(trained)
+        engine = tiny.engine(prompt=None, encode_behind=None).with_adapter(trained)
         assert (engine.layout.template, engine.behind) == (words, ())
         direct = tiny.engine(prompt=None, adapter=trained)
         assert (direct.layout.template, direct.behind) == (words, ())

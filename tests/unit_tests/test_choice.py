@@ -8,8 +8,9 @@ import tiny
 import tiny_adapters
 import torch
 
-from kvlink_rag import InputError
+from kvlink_rag import InputError, KVLinkEngine
 from kvlink_rag.engine.choice import Choice, choose
+from kvlink_rag.store import MemoryStore
 
 QUESTION = "How tall is it?"
 TEXTS = ["Bees dance.", "The tower is 330 m tall.", "Ants follow trails of scent."]
@@ -47,7 +48,7 @@ class TestChoice:
         one = tiny_adapters.engine("llama", trained, strategy=None)
         report = one.prefill(QUESTION, TEXTS).report
         assert (report.asked, report.strategy) == ("auto", expected)
-        assert report.why == choose(one.runner).why
+        assert report.why == choose(one.runner, one.encode_behind).why
 
     def test_where_nothing_can_be_computed_anew_all_is(self):
         runner = scripted.ScriptedRunner(strategies=frozenset({"full", "reuse"}))
@@ -85,14 +86,35 @@ class TestReports:
             engine().prefill(QUESTION, TEXTS, strategy="magic")
 
 
-def test_chunks_encoded_behind_documents_are_reused(short_preamble):
+def test_behind_documents_less_is_computed_anew(short_preamble):
     one = engine(encode_behind="documents")
     report = one.answer(QUESTION, TEXTS, max_new_tokens=1).report
-    assert (report.asked, report.strategy) == ("auto", "reuse")
-    assert "documents" in report.why
+    assert (report.asked, report.strategy, report.recompute) == ("auto", "recompute", 0.04)
+    behind_the_prefix = one.with_encode_behind("system")
+    report = behind_the_prefix.answer(QUESTION, TEXTS, max_new_tokens=1).report
+    assert (report.strategy, report.recompute) == ("recompute", 0.15)
     one.tuned = Choice("recompute", "measured", 0.3)
     assert one.answer(QUESTION, TEXTS, max_new_tokens=1).report.recompute == 0.3
-    assert one.with_encode_behind("system").encode_behind == "system"
-    tuned = engine(encode_behind="documents").with_adapter(tiny_adapters.adapter())
-    assert tuned.encode_behind == "documents"
-    assert tuned.answer(QUESTION, TEXTS, max_new_tokens=1).report.strategy == "recompute"
+
+
+def test_chunks_are_encoded_behind_documents_unless_told(short_preamble):
+    model = tiny.model("llama"), tiny.tokenizer()
+    plain = KVLinkEngine.from_pretrained(model, store=MemoryStore())
+    assert plain.encode_behind == "documents"
+    trained = plain.with_adapter(tiny_adapters.adapter())
+    assert trained.encode_behind == "documents", "one store serves both"
+    assert trained.with_adapter(None).encode_behind == "documents"
+    adapter = tiny_adapters.adapter()
+    made_with = KVLinkEngine.from_pretrained(model, store=MemoryStore(), adapter=adapter)
+    assert made_with.encode_behind == "system", "what the adapter was trained behind"
+    assert made_with.with_adapter(None).encode_behind == "system"
+    apart = plain.with_adapter(tiny_adapters.adapter(encode_behind="alone"))
+    assert apart.encode_behind == "alone", "it was trained for others"
+    assert apart.with_adapter(None).encode_behind == "documents"
+    told = plain.with_encode_behind("documents").with_adapter(tiny_adapters.adapter())
+    report = told.prefill(QUESTION, TEXTS).report
+    assert (report.strategy, report.recompute) == ("recompute", 0.15)
+    own = told.with_adapter(tiny_adapters.adapter(kind="whole-model", encode_behind="alone"))
+    assert own.encode_behind == "alone", "its weights read no other caches"
+    assert plain.with_encode_behind("header", override=False).encode_behind == "header"
+    assert told.with_encode_behind("header", override=False).encode_behind == "documents"

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import tiny_adapters
 import torch
 from tiny_cli import Shell, WordVectors, paragraphs
 from typer.testing import CliRunner
 
-from kvlink_rag import KVIndex, KVLinkEngine
+from kvlink_rag import KVIndex, KVLinkEngine, PromptTemplate
+from kvlink_rag.adapters.adapter import AdapterKind
 from kvlink_rag.cli import app, index
 from kvlink_rag.cli.options import Behind
 from kvlink_rag.index import ingest
@@ -21,7 +23,9 @@ from kvlink_rag.store import FolderStore
 
 
 @pytest.fixture
-def shell(tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch) -> Shell:
+def shell(
+    tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch, short_preamble: None
+) -> Shell:
     monkeypatch.setattr("kvlink_rag.index.index.SentenceEmbeddings", WordVectors)
     return Shell(tmp_path, model_folder)
 
@@ -211,30 +215,76 @@ def test_the_dtype_of_an_index_is_kept(shell: Shell, monkeypatch: pytest.MonkeyP
     shell.index("--dtype", "int8", code=2)
 
 
-def test_what_chunks_are_encoded_behind_is_kept(shell: Shell, short_preamble: None) -> None:
+def recorded_behind(shell: Shell) -> str | None:
+    with shell.catalog() as catalog:
+        return catalog.meta("encode_behind")
+
+
+def test_what_chunks_are_encoded_behind_is_kept(shell: Shell) -> None:
     assert get_args(Behind) == get_args(EncodeBehind)
     shell.write("a.txt", paragraphs("apple"))
     question = ("ask", shell.out, "apple?", "-k", "1", "--max-new-tokens", "2")
     shell.index()
-    assert "recompute" in shell.run(*question).output
-    result = shell.index("--encode-behind", "documents")  # other caches: the file is done again
+    assert recorded_behind(shell) == "documents"
+    answered = shell.run(*question).output
+    assert "1 hits, 0 misses" in answered
+    assert "recompute 4 %: TTFT" in answered
+    result = shell.index("--encode-behind", "system")  # other caches: the file is done again
     assert "1 changed" in result.stdout
     answered = shell.run(*question).output
     assert "1 hits, 0 misses" in answered
-    assert "auto: chunks were encoded behind documents" in answered
+    assert "recompute 15 %: TTFT" in answered
     assert "1 unchanged" in shell.index().stdout
     shell.write("b.txt", paragraphs("pear"))
     shell.index()
     assert "2 hits, 0 misses" in shell.run(*question[:3], "-k", "2").output
-    result = shell.index("--encode-behind", "system")
+    result = shell.index("--encode-behind", "documents")
     assert "2 changed" in result.stdout
     assert "1 hits, 0 misses" in shell.run(*question).output
     shell.index("--encode-behind", "nothing", code=2)
 
 
+def test_an_index_of_before_is_behind_the_prefix(shell: Shell) -> None:
+    """As indexes were made when nothing else was recorded."""
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index("--encode-behind", "system")
+    with shell.catalog() as catalog, catalog.writing() as tx:
+        tx.execute("DELETE FROM meta WHERE name = 'encode_behind'")
+    assert "1 unchanged" in shell.index().stdout
+    question = ("ask", shell.out, "apple?", "-k", "1", "--max-new-tokens", "2")
+    assert "1 hits, 0 misses" in shell.run(*question).output
+    shell.write("b.txt", paragraphs("pear"))
+    shell.index()
+    assert recorded_behind(shell) == "system"
+    assert "2 hits, 0 misses" in shell.run(*question[:3], "-k", "2").output
+
+
+def test_an_adapter_reads_the_caches_that_an_index_has(shell: Shell, tmp_path: Path) -> None:
+    words = PromptTemplate()
+    adapters = {kind: tmp_path / kind for kind in get_args(AdapterKind)}
+    for kind, folder in adapters.items():
+        behind = "system" if kind == "cache-preserving" else "alone"
+        tiny_adapters.adapter(kind=kind, encode_behind=behind, prompt=words).save(folder)
+    shell.write("a.txt", paragraphs("apple"))
+    shell.index()
+    question = ("ask", shell.out, "apple?", "-k", "1", "--max-new-tokens", "2", "--adapter")
+    assert "1 hits, 0 misses" in shell.run(*question, adapters["cache-preserving"]).output
+    tiny_adapters.adapter(encode_behind="alone", prompt=words).save(tmp_path / "apart")
+    apart = shell.run(*question, tmp_path / "apart").output
+    assert "0 hits, 1 misses" in apart, "it was trained for others"
+    own = ("--adapter", str(adapters["whole-model"]))
+    refused = shell.index(*own, "--encode-behind", "documents", code=1)
+    assert "was trained for chunks encoded behind 'alone'" in refused.stderr
+    assert "1 changed" in shell.index(*own).stdout
+    assert "1 hits, 0 misses" in shell.run(*question[:-1]).output
+    assert recorded_behind(shell) == "documents", "of the caches that others can read"
+    assert "1 changed" in shell.index("--adapter", "").stdout
+    assert "1 hits, 0 misses" in shell.run(*question[:-1]).output
+
+
 def test_ask_tells_its_time_and_what_it_computes_anew(shell: Shell) -> None:
     shell.write("a.txt", paragraphs("apple", 12))
-    shell.index()
+    shell.index("--encode-behind", "system")  # where a first chunk has seen all before it
     question = ("ask", shell.out, "apple things?", "-k", "2", "--max-new-tokens", "4")
     said = shell.run(*question).stdout
     assert re.search(r"TTFT \d+ ms, total \d+\.\d\d s, \d tokens at [\d.]+ tokens/s, 2 hits", said)

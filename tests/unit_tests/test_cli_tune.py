@@ -64,7 +64,7 @@ def test_a_model(shell: Shell) -> None:
     store = shell.docs.parent / "kv"
     told = shell.run("tune", shell.model, *FEW, "--store", store).stdout
     assert f"written: {store / 'tuned.json'}" in told
-    assert tiny.engine(store=store, prompt=None).tuned is not None
+    assert tiny.engine(store=store, prompt=None, encode_behind=None).tuned is not None
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,10 @@ def test_answers_are_the_engines_own(tmp_path, model):
     answers = [answer for part in runner.answers(items) for answer in part]
     assert len(answers) == len(plan.rows) * len(items)
     settings = {(row.adapter, row.encode_behind) for row in plan.rows}
-    engines = {(a, b): tiny.engine(model, adapter=a, encode_behind=b) for a, b in settings}
+    engines = {
+        (a, b): tiny.engine(model, adapter=a, **({"encode_behind": b} if b else {}))
+        for a, b in settings
+    }
     different = set()
     for answer in answers:
         row = answer.row

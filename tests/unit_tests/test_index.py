@@ -33,12 +33,19 @@ class FakeEngine:
     def __init__(self, fingerprint: str = "model-a") -> None:
         self.fingerprint = fingerprint
         self.name = f"fake {fingerprint}"
+        self.adapter, self.encode_behind = None, "system"
         self.store: KVStore = MemoryStore()
         self.layout = SimpleNamespace(chunk=lambda chunk: self._record(chunk).token_ids)
 
     def with_store(self, store: KVStore) -> FakeEngine:
         twin = copy.copy(self)
         twin.store = store
+        return twin
+
+    def with_encode_behind(self, encode_behind: str, *, override: bool) -> FakeEngine:
+        assert not override
+        twin = copy.copy(self)
+        twin.encode_behind = encode_behind
         return twin
 
     def _record(self, chunk: Chunk) -> ChunkKV:
