@@ -2,15 +2,16 @@
 
     python benchmarks/plot_curve.py
 
-Answers are those that `kvlink eval` wrote to `benchmarks/results/eval_auto` and, of `reuse` and
-full prefill, to `benchmarks/results/eval_link5`, for the questions that all of them have answered;
-times those of `benchmarks/results/shares.json`.
+Answers are those that `kvlink eval` wrote to `benchmarks/results/eval_auto` and, of `reuse` behind
+the prefix, to `benchmarks/results/eval_link5`; each row is compared with full prefill's answers of
+its own folder to the same questions. Times are those of `benchmarks/results/shares.json`.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -19,86 +20,116 @@ from kvlink_rag.evaluation.statistics import Difference, difference
 
 ROOT = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "curve.png"
-ROWS = {
-    "reuse, untuned": "reuse",
-    "recompute 8 %, untuned": "8 %",
-    "recompute 15 %, untuned": "15 %",
-    "full, untuned": "full",
-}
-"""Rows of answers, and what their way is called among the times."""
-ADAPTER = "smollm2-135m-link5"
+FULL = "full, untuned"
+DOCUMENTS, PREFIX = "behind documents", "behind the prefix"
+DEFAULT = (DOCUMENTS, "4 %")
 
 Key = tuple[str, str]
 Answers = dict[str, dict[Key, float]]
 
 
-def answers() -> Answers:
-    """Exact match, 0 or 1, by row, set and question."""
+@dataclass(frozen=True)
+class Row:
+    """A row of answers.
+
+    Attributes:
+        behind: what chunks were encoded behind.
+        way: what it is called among the times.
+    """
+
+    folder: str
+    name: str
+    behind: str
+    way: str
+
+
+ROWS = (
+    Row("eval_auto", "reuse behind documents, untuned", DOCUMENTS, "reuse"),
+    Row("eval_auto", "recompute 4 % behind documents, untuned", DOCUMENTS, "4 %"),
+    Row("eval_auto", "recompute 8 % behind documents, untuned", DOCUMENTS, "8 %"),
+    Row("eval_link5", "reuse, untuned", PREFIX, "reuse"),
+    Row("eval_auto", "recompute 8 %, untuned", PREFIX, "8 %"),
+    Row("eval_auto", "recompute 15 %, untuned", PREFIX, "15 %"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row beside full prefill, on the questions that both have answered.
+
+    Attributes:
+        match: percent of exact match, the mean of the sets; ``full`` likewise.
+    """
+
+    row: Row
+    questions: int
+    match: float
+    full: float
+    away: Difference
+
+
+def answers(folder: str) -> Answers:
+    """Exact match, 0 or 100, by row, set and question."""
     found: Answers = defaultdict(dict)
-    for folder in ("eval_auto", "eval_link5"):  # of `full`, which both have, the one that is whole
-        for line in (ROOT / folder / "answers.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            found[row["row"]][row["set"], row["id"]] = row["scores"]["em"]
+    for line in (ROOT / folder / "answers.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found[row["row"]][row["set"], row["id"]] = 100 * row["scores"]["em"]
     return found
 
 
-def shared(found: Answers, rows: list[str]) -> dict[str, list[Key]]:
-    """The questions that all of these rows have answered, by set."""
-    keys = set.intersection(*(set(found[row]) for row in rows))
-    return {name: sorted(key for key in keys if key[0] == name) for name in {k[0] for k in keys}}
-
-
-def from_full(found: Answers, row: str, full: str, keys: dict[str, list[Key]]) -> Difference:
-    """Points of exact match from full prefill, the mean of the sets, with its interval."""
-    scores, reference = (
-        [[100 * found[which][key] for key in its] for its in keys.values()] for which in (row, full)
+def point(row: Row, found: Answers) -> Point:
+    """A row's place in the table."""
+    keys = sorted(found[row.name].keys() & found[FULL].keys())
+    sets = sorted({name for name, _ in keys})
+    its, full = (
+        [[found[which][key] for key in keys if key[0] == name] for name in sets]
+        for which in (row.name, FULL)
     )
-    return difference(scores, reference)
+    match, reference = (sum(sum(s) / len(s) for s in each) / len(sets) for each in (its, full))
+    return Point(row, len(keys), match, reference, difference(its, full))
 
 
-def mean(found: Answers, row: str, keys: dict[str, list[Key]]) -> float:
-    """Percent of exact match, the mean of the sets."""
-    each = [sum(found[row][key] for key in its) / len(its) for its in keys.values()]
-    return 100 * sum(each) / len(each)
-
-
-def draw(points: dict[str, float]) -> Figure:
-    """A line for each length of the chunks; full prefill by the same attention as the others."""
+def draw(points: list[Point]) -> Figure:
+    """A line for what chunks were encoded behind; a picture for each length of them."""
     times = json.loads((ROOT / "shares.json").read_text(encoding="utf-8"))["seconds"]
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     for axes, (tokens, series) in zip(
         figure.subplots(1, 2, sharey=True), times.items(), strict=True
     ):
-        medians = {way: series["full, same attention" if way == "full" else way] for way in points}
-        x = [medians[way]["median"] for way in points]
-        axes.plot(x, list(points.values()), "-o", color="tab:purple")
-        for way, seconds in zip(points, x, strict=True):
-            name = f"{way} (auto)" if way == "15 %" else way
-            axes.annotate(name, (seconds, points[way]), (5, -13), textcoords="offset points")
+        whole = series["full, same attention"]["median"]
+        for behind, colour in ((DOCUMENTS, "tab:purple"), (PREFIX, "tab:orange")):
+            its = [each for each in points if each.row.behind == behind]
+            x = [*(series[each.row.way]["median"] for each in its), whole]
+            axes.plot(x, [*(each.away.mean for each in its), 0], "-o", color=colour, label=behind)
+            for each, seconds in zip(its, x, strict=False):
+                if each.away.low is not None and each.away.high is not None:
+                    axes.plot([seconds] * 2, [each.away.low, each.away.high], color=colour, lw=0.8)
+                name = each.row.way + (" (auto)" if (behind, each.row.way) == DEFAULT else "")
+                axes.annotate(name, (seconds, each.away.mean), (5, -12), textcoords="offset points")
+        axes.annotate("full", (whole, 0), (-8, 7), textcoords="offset points")
         axes.set(xlabel="time to first token, s", title=f"10 chunks of {tokens} tokens")
-        axes.margins(x=0.15, y=0.15)
+        axes.margins(x=0.1, y=0.1)
         axes.set_xlim(left=0)
         axes.grid(visible=True, alpha=0.3)
-    figure.axes[0].set_ylabel("exact match, %, mean of five sets")
+    figure.axes[0].set_ylabel("exact match, points from full prefill")
+    figure.axes[1].legend(loc="lower right")
     return figure
 
 
-def _said(found: Answers, row: str, full: str, keys: dict[str, list[Key]]) -> str:
-    away, count = from_full(found, row, full, keys), sum(map(len, keys.values()))
-    interval = "" if away.low is None else f" ({away.low:+.1f} to {away.high:+.1f})"
-    return f"{row}, {count} questions: {mean(found, row, keys):.1f}, {away.mean:+.1f}{interval}"
-
-
 def main() -> None:
-    found = answers()
-    keys = shared(found, list(ROWS))
-    print({name: len(its) for name, its in sorted(keys.items())}, sum(map(len, keys.values())))
-    for row in ROWS:
-        print(_said(found, row, "full, untuned", keys))
-    tuned, full = f"recompute 15 %, {ADAPTER}", f"full, {ADAPTER}"
-    its = shared(found, [tuned, full])
-    print(_said(found, tuned, full, its))
-    draw({ROWS[row]: mean(found, row, keys) for row in ROWS}).savefig(PICTURE, dpi=130)
+    found = {folder: answers(folder) for folder in {row.folder for row in ROWS}}
+    points = [point(row, found[row.folder]) for row in ROWS]
+    print("| | questions | exact match | full prefill | from full prefill |")
+    print("|---|---|---|---|---|")
+    for each in points:
+        low, high = each.away.low, each.away.high
+        interval = "" if low is None else f" ({low:+.1f} to {high:+.1f})"
+        way = each.row.way if each.row.way == "reuse" else f"{each.row.way} anew"
+        print(
+            f"| {way} {each.row.behind} | {each.questions:,} | {each.match:.1f} | "
+            f"{each.full:.1f} | {each.away.mean:+.1f}{interval} |"
+        )
+    draw(points).savefig(PICTURE, dpi=130)
     print(f"written: {PICTURE}")
 
 

@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     folder = Path(os.environ.get("KVLINK_DATA", "../shared/data")) / "train"
-    engine = KVLinkEngine.from_pretrained(DEFAULT_MODEL, dtype="bfloat16")
+    engine = KVLinkEngine.from_pretrained(DEFAULT_MODEL, dtype="bfloat16", encode_behind="system")
     examples: list[Example] = [
         example
         for name in SETS
