@@ -29,6 +29,8 @@ LEAST_SAME = 0.95
 """Share of tokens whose likeliest is full prefill's, from which on answers are taken for its; as
 far as the tokens compared can tell: of 191 such a share is off by 1.6 points, its standard error.
 """
+FEW_TOKENS = 100
+"""Fewer than so many excuse no more than so many do: little evidence must not let more pass."""
 MOST_NATS = 0.025
 """And the most mean divergence from full prefill, a token: it moves at most 11 % of a token's
 probability on average (Pinsker's inequality).
@@ -96,7 +98,7 @@ class Measured:
     @property
     def is_good(self) -> bool:
         """Whether its answers are taken for full prefill's."""
-        error = sqrt(LEAST_SAME * (1 - LEAST_SAME) / self.tokens)
+        error = sqrt(LEAST_SAME * (1 - LEAST_SAME) / max(self.tokens, FEW_TOKENS))
         close = self.kl_nats <= MOST_NATS and self.same_tokens >= LEAST_SAME - error
         return self.strategy == "full" or close
 

@@ -121,7 +121,13 @@ class TestBest:
 
     @pytest.mark.parametrize(
         ("same", "tokens", "expected"),
-        [(0.94, 191, "reuse"), (0.94, 2000, "full"), (0.93, 191, "full"), (0.946, 2000, "reuse")],
+        [
+            (0.94, 191, "reuse"),
+            (0.94, 2000, "full"),
+            (0.93, 191, "full"),
+            (0.946, 2000, "reuse"),
+            (0.9, 10, "full"),
+        ],
     )
     def test_the_share_of_few_tokens_is_not_taken_too_exactly(self, same, tokens, expected):
         assert best_of([measured(same=same, tokens=tokens), FULL], 1).strategy == expected
