@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,21 +115,125 @@ class ChunkKV:
         return len(self.behind)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.keys.dtype
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What it consists of, by name."""
+        return {"keys": self.keys, "values": self.values}
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of keys and values, as they are kept."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def decoded(self) -> ChunkKV:
+        """The same with its keys and values in memory: itself, unless it is a :class:`CodedKV`."""
+        return self
+
+    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> ChunkKV:
+        """The same made of copies of its tensors."""
+        return replace(self, keys=copy(self.keys), values=copy(self.values))
 
     def is_for(self, fingerprint: str, behind: Sequence[int], token_ids: Sequence[int]) -> bool:
         """Whether this is the cache of exactly these tokens by exactly this model.
 
         A digest alone is never trusted: readers ask this before they use a cache.
         """
+        tensors = self.tensors
         return (
             self.fingerprint == fingerprint
             and self.behind == tuple(behind)
             and self.token_ids == tuple(token_ids)
-            and self.keys.shape[2] == self.values.shape[2] == len(self.token_ids)
+            and tensors["keys"].shape[2] == tensors["values"].shape[2] == len(self.token_ids)
         )
+
+
+Tensors = Mapping[str, torch.Tensor]
+Decode = Callable[[Tensors], tuple[torch.Tensor, torch.Tensor]]
+
+
+class CodedKV(ChunkKV):
+    """The KV cache of one chunk, kept as a codec has written it.
+
+    Attention that reads codes does so where they lie. Keys and values are made when they are asked
+    for, and kept no longer than somebody holds what :meth:`decoded` gives.
+
+    Args:
+        token_ids, behind, fingerprint, rope, codec: as :class:`ChunkKV`.
+        tensors: what the codec wrote, by name (:func:`kvlink_rag.store.codec.encode`).
+        dtype: of keys and values.
+        decode: gives keys and values for them.
+    """
+
+    def __init__(
+        self,
+        token_ids: tuple[int, ...],
+        behind: tuple[int, ...],
+        fingerprint: str,
+        tensors: Tensors,
+        rope: tuple[RopeGroup, ...],
+        codec: str,
+        dtype: torch.dtype,
+        decode: Decode,
+    ) -> None:
+        own = {
+            "token_ids": token_ids, "behind": behind, "fingerprint": fingerprint, "rope": rope,
+            "codec": codec, "_tensors": tensors, "_dtype": dtype, "_decode": decode, "_made": None,
+        }  # fmt: skip
+        for name, value in own.items():
+            object.__setattr__(self, name, value)  # it is frozen
+
+    _tensors: Tensors
+    _dtype: torch.dtype
+    _decode: Decode
+    _made: weakref.ref[ChunkKV] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values when they are decoded."""
+        return self._dtype
+
+    @property
+    def tensors(self) -> Tensors:
+        """Codes, and what they are multiplied by and added to."""
+        return self._tensors
+
+    def decoded(self) -> ChunkKV:
+        """With keys and values in memory; one for all who ask while somebody holds it."""
+        made = self._made() if self._made is not None else None
+        if made is None:
+            keys, values = self._decode(self._tensors)
+            made = ChunkKV(
+                self.token_ids, self.behind, self.fingerprint, keys, values, self.rope, self.codec
+            )
+            object.__setattr__(self, "_made", weakref.ref(made))
+        return made
+
+    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> CodedKV:
+        """The same made of copies of its tensors."""
+        return CodedKV(
+            self.token_ids,
+            self.behind,
+            self.fingerprint,
+            {name: copy(tensor) for name, tensor in self._tensors.items()},
+            self.rope,
+            self.codec,
+            self._dtype,
+            self._decode,
+        )
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """As :class:`ChunkKV`, decoded now unless somebody holds them."""
+        return self.decoded().keys
+
+    @property
+    def values(self) -> torch.Tensor:
+        """As :attr:`keys`."""
+        return self.decoded().values
 
 
 def chunk_key(

@@ -102,7 +102,9 @@ class Caches:
                 stacklevel=2,
             )
             return None
-        return record
+        if record is None or record.codec in self._runner.abilities.codecs:
+            return record
+        return record.decoded()
 
     def compute(self, found: Found) -> Made:
         """Make what was not found: chunks behind what they stand behind, the prefix alone."""

@@ -35,11 +35,14 @@ class Abilities:
             ``engine.prefill`` and no check of fidelity.
         together: strategies by which several prompts are answered sooner together than one after
             the other.
+        codecs: caches that went through these it is given as :class:`kvlink_rag.chunk.CodedKV`;
+            all others with their keys and values decoded.
     """
 
     strategies: frozenset[Strategy]
     logits: bool = True
     together: frozenset[Strategy] = frozenset()
+    codecs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

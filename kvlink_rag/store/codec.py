@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvlink_rag.chunk import RAW, ChunkKV
+from kvlink_rag.chunk import RAW, ChunkKV, CodedKV
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.rope import RopeGroup, rotate
 from kvlink_rag.store.one_pass import DTYPES, available, decode_int8
 
 CODECS = (RAW, "bf16", "fp8", "int8", "int4")
+READABLE = ("int8",)
+"""Codecs whose codes some runners read as they are."""
 
 VALUE_GROUP = 64
 """Channels of a token's value that share a scale."""
@@ -114,6 +116,8 @@ def encode(record: ChunkKV, codec: str) -> dict[str, torch.Tensor]:
     Raises:
         StoreError: a number is not finite, or too large for the codec.
     """
+    if isinstance(record, CodedKV) and record.codec == codec:
+        return dict(record.tensors)
     keys, values = record.keys.detach().cpu(), record.values.detach().cpu()
     if codec == RAW:
         return {"keys": keys.contiguous(), "values": values.contiguous()}
@@ -147,10 +151,8 @@ def coded(record: ChunkKV, codec: str) -> ChunkKV:
     Raises:
         StoreError: as :func:`encode`.
     """
-    codec = codec_for(codec, record.keys.dtype)
-    keys, values = decode(
-        encode(record, codec), codec, record.keys.dtype, record.position, record.rope
-    )
+    codec = codec_for(codec, record.dtype)
+    keys, values = decode(encode(record, codec), codec, record.dtype, record.position, record.rope)
     return replace(record, keys=keys, values=values, codec=codec)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
 
 import torch
 
@@ -50,7 +49,7 @@ class MemoryStore:
             InputError: keys and values do not fit the tokens.
         """
         check_shapes(record)
-        record = replace(record, keys=_own(record.keys), values=_own(record.values))
+        record = record.copied(_own)
         key = record.key
         with self._lock:
             self._records[key] = record

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class RamTier(FolderBehind):
 
     @property
     def codec(self) -> str:
-        """That of the store below; what is kept in memory is decoded."""
+        """That of the store below; memory keeps what the store below gives."""
         return self._below.codec
 
     @property
@@ -136,7 +136,7 @@ class RamTier(FolderBehind):
             StoreError, InputError: as the store below says.
         """
         self._below.put(record, documents)
-        key = record.key_as(codec_for(self.codec, record.keys.dtype))
+        key = record.key_as(codec_for(self.codec, record.dtype))
         self._forget([key])  # its reader may have refused the one that is kept
 
     def has(self, key: str) -> bool:
@@ -296,7 +296,7 @@ def _copied(request: _Request) -> ChunkKV | None:
     record = request.record
     assert record is not None
     with contextlib.suppress(MemoryError, RuntimeError):
-        return replace(record, keys=_own(record.keys), values=_own(record.values))
+        return record.copied(_own)
     return None
 
 

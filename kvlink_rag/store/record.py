@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,16 @@ import torch
 import xxhash
 from safetensors import SafetensorError, deserialize, safe_open
 
-from kvlink_rag.chunk import FORMAT_VERSION, RAW, ChunkKV, chunk_key
+from kvlink_rag.chunk import FORMAT_VERSION, RAW, ChunkKV, CodedKV, chunk_key
 from kvlink_rag.errors import InputError
-from kvlink_rag.store.codec import channels, codec_for, decode, encode
+from kvlink_rag.store.codec import (
+    READABLE,
+    channels,
+    codec_for,
+    decode,
+    encode,
+    tensor_names,
+)
 from kvlink_rag.store.encryption import Cipher, NotOpened
 from kvlink_rag.store.layout import (
     FLOATS,
@@ -64,7 +72,7 @@ def check_shapes(record: ChunkKV) -> None:
     elif 0 in keys or 0 in values:
         problem = "are empty"
     elif not record.keys.is_floating_point() or not record.values.is_floating_point():
-        problem = f"of {record.keys.dtype} and {record.values.dtype} are no floating point numbers"
+        problem = f"of {record.dtype} and {record.values.dtype} are no floating point numbers"
     else:
         return
     raise InputError(f"chunk cache: keys {list(keys)} and values {list(values)} {problem}")
@@ -111,7 +119,7 @@ def _contents(record: ChunkKV, codec: str) -> tuple[dict[str, torch.Tensor], dic
             f"chunk cache: it went through codec {record.codec} and cannot be stored as {codec}: "
             "compute it anew"
         )
-    codec = codec_for(codec, record.keys.dtype)
+    codec = codec_for(codec, record.dtype)
     tensors = {
         "behind": torch.tensor(record.behind, dtype=torch.int64),
         "token_ids": torch.tensor(record.token_ids, dtype=torch.int64),
@@ -123,7 +131,7 @@ def _contents(record: ChunkKV, codec: str) -> tuple[dict[str, torch.Tensor], dic
         "version": str(FORMAT_VERSION),
     }
     if codec != RAW:
-        metadata |= {"codec": codec, "dtype": KINDS[record.keys.dtype]}
+        metadata |= {"codec": codec, "dtype": KINDS[record.dtype]}
     if codec != RAW or record.rope:  # where it is not known, raw keys do as well
         metadata["rope"] = rope_text(record.rope)
     return dict(sorted(tensors.items())), metadata
@@ -173,8 +181,7 @@ class MappedRecord:
         """
         record = self.record()
         if record is not None and self.is_view:
-            tensors = {**self.ids, "keys": record.keys, "values": record.values}
-            _verify(self.metadata, tensors)
+            _verify(self.metadata, {**self.ids, **record.tensors})
         return record
 
 
@@ -206,7 +213,7 @@ def map_record(
     _verify(metadata, tensors)
     record = _record(metadata, tensors)
     ids = {name: tensors[name].clone() for name in IDS}
-    is_view = cipher is None and record.codec == RAW
+    is_view = cipher is None and (record.codec == RAW or isinstance(record, CodedKV))
     return record, MappedRecord(weakref.ref(record), metadata, ids, is_view)
 
 
@@ -339,8 +346,12 @@ def _record(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
     token_ids = tuple(tensors["token_ids"].tolist())
     if chunk_key(metadata["fingerprint"], behind, token_ids, codec) != metadata["key"]:
         raise CorruptRecord("its key is not the key of its contents")
-    keys, values = decode(tensors, codec, dtype, len(behind), rope)
-    return ChunkKV(token_ids, behind, metadata["fingerprint"], keys, values, rope, codec)
+    whose = (token_ids, behind, metadata["fingerprint"])
+    made = partial(decode, codec=codec, dtype=dtype, position=len(behind), rope=rope)
+    if codec in READABLE and rope:
+        kept = {name: tensors[name] for name in tensor_names(codec)}
+        return CodedKV(*whose, kept, rope, codec, dtype, made)
+    return ChunkKV(*whose, *made(tensors), rope, codec)
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:

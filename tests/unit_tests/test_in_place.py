@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvlink_rag import Chunk, KVLinkEngine
 from kvlink_rag.prompt.segments import RecomputeBy
-from kvlink_rag.runners.transformers import in_place, visibility
+from kvlink_rag.runners.transformers import in_place, placement, visibility
 from kvlink_rag.runners.transformers import positions as at_positions
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.in_place import LinkedContext
@@ -173,14 +173,18 @@ def test_a_model_whose_attention_is_another_is_copied_for(monkeypatch: pytest.Mo
 
 
 @pytest.mark.matrix(together=1)
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("way", ["reuse", *get_args(RecomputeBy)])
 @pytest.mark.parametrize("name", MODELS)
 def test_many_queries_over_moved_keys_are_one_block_masked_forward_pass(
-    name: str, way: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, way: Any, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not kernel:
+        monkeypatch.setattr(placement, "available", lambda dtype: False)
     engine = tiny.engine(name)
     engine.runner.stepped = False  # which knows no other attention than that of one query
     monkeypatch.setattr(in_place, "MANY_QUERIES", 1)
+    monkeypatch.setattr(in_place, "MANY_UNPLACED", 1)
     monkeypatch.setattr(at_positions, "BLOCK_QUERIES", 7)
     assert engine.runner.in_place
     options: Any = {"strategy": "recompute", "recompute_by": way, "recompute": 0.3}
@@ -192,6 +196,7 @@ def test_many_queries_over_moved_keys_are_one_block_masked_forward_pass(
     torch.testing.assert_close(prefill.logits, reference.logits(), atol=1e-4, rtol=0)
     found = engine.answer(QUESTION, CHUNKS, **options, max_new_tokens=10).token_ids
     monkeypatch.setattr(in_place, "MANY_QUERIES", 10**6)
+    monkeypatch.setattr(in_place, "MANY_UNPLACED", 10**6)
     assert engine.answer(QUESTION, CHUNKS, **options, max_new_tokens=10).token_ids == found
 
 

@@ -5,6 +5,10 @@ moved back by as much, once for each chunk. The keys stay as they are in the map
 memory, for any number of prompts at a time. What a prompt adds of its own, link tokens, question
 and answer, is a small cache beside them. So are tokens of chunks that are computed anew: they stand
 at their positions, and what they replace is not seen any more where it lies.
+
+For more than a few new tokens it is the keys that are moved, a layer at a time into memory that the
+next layer uses again (:mod:`kvlink_rag.runners.transformers.placement`): one product over all of
+them is quicker then than one for each chunk.
 """
 
 from __future__ import annotations
@@ -14,18 +18,22 @@ from functools import cached_property
 
 import torch
 
+from kvlink_rag.chunk import ChunkKV, CodedKV
 from kvlink_rag.rope import turn
-from kvlink_rag.runners.transformers import one_query
+from kvlink_rag.runners.transformers import one_query, placement
 from kvlink_rag.runners.transformers.architecture import Architecture
 from kvlink_rag.runners.transformers.attention import FEW_TOKENS, multiply
 from kvlink_rag.runners.transformers.context import ContextCache, new_cache
 from kvlink_rag.runners.transformers.one_query import OneQuery, Part
+from kvlink_rag.runners.transformers.placement import Placement
 from kvlink_rag.runners.transformers.positions import attend_at
 from kvlink_rag.runners.transformers.scratch import Scratch
 from kvlink_rag.runners.transformers.visibility import Block, Span, Visibility
 
-MANY_QUERIES = 40
+MANY_QUERIES = 16
 """From so many new tokens on it is faster to move a layer's keys than the queries."""
+MANY_UNPLACED = 40
+"""The same where no kernel moves them."""
 
 
 class LinkedContext:
@@ -59,6 +67,11 @@ class LinkedContext:
         self.own = own
         self.positions: list[int] = []
         self._visibility = Visibility(self.spans, architecture.dtype)
+        placed = placement.available(architecture.dtype) and bool(spans)
+        self._placed = placed and all(
+            placement.readable(span.record, architecture.groups) for span in spans
+        )
+        self._placements: dict[int, Placement] = {}  # by the first layer of those that share one
         self.paid: torch.Tensor | None = None
         # queries go back as far as the keys would go forward
         shifts = -torch.tensor([span.shift for span in spans], dtype=torch.float32)
@@ -70,6 +83,7 @@ class LinkedContext:
                 its = (angles.cos(), angles.sin())  # [spans, 1, 1, half]
             count = len(range(*group.layers.indices(architecture.layers)))
             self._angles += [its] * count
+        self._moves = False  # whether keys are moved for the new tokens, not their queries
         self._blocks: dict[int | None, list[Block]] = {}
         self.one: dict[int | None, OneQuery] = {}
 
@@ -91,7 +105,9 @@ class LinkedContext:
     def expect(self, positions: Sequence[int]) -> None:
         """Prepare for new tokens at these positions: who sees what."""
         self.positions += positions
-        windows = set(self.architecture.windows) if len(positions) < MANY_QUERIES else ()
+        many = MANY_QUERIES if self._placed else MANY_UNPLACED
+        self._moves = len(positions) >= many or (self._keeps_codes and len(positions) > 1)
+        windows = () if self._moves else set(self.architecture.windows)
         self._blocks = {
             window: list(self._visibility.blocks(positions, self.positions, window))
             for window in windows
@@ -104,15 +120,26 @@ class LinkedContext:
         )
 
     @cached_property
+    def _records(self) -> list[ChunkKV]:
+        """The spans' keys and values. Codes are decoded when this is first asked for."""
+        return [span.record.decoded() for span in self.spans]
+
+    @property
+    def _keeps_codes(self) -> bool:
+        """Whether there are codes that a forward pass can read and nobody has decoded so far."""
+        coded = any(isinstance(span.record, CodedKV) for span in self.spans)
+        return self._placed and coded and "_records" not in self.__dict__
+
+    @cached_property
     def compiled(self) -> bool:
         """Whether the attention of one new token is compiled here, and reads all spans."""
-        parts = (Part(span.record.keys, span.record.values, None) for span in self.spans)
+        parts = (Part(record.keys, record.values, None) for record in self._records)
         return one_query.available() and all(part.readable for part in parts)
 
     def _prepared(self, block: Block) -> OneQuery:
         """The attention of the one new token."""
         parts = [
-            Part(self.spans[index].record.keys, self.spans[index].record.values, _flat(bias))
+            Part(self._records[index].keys, self._records[index].values, _flat(bias))
             for index, bias in block.seen
         ]
         return OneQuery(parts, len(self.positions), _flat(block.own), self.scratch)
@@ -162,7 +189,7 @@ class LinkedContext:
         """
         own_keys, own_values = (each[0] for each in self.own.update(key, value, layer))
         _, heads, queries, dim = query.shape
-        if queries >= MANY_QUERIES:
+        if self._moves:
             keys, values = self._moved(layer, own_keys, own_values)
             new, window = self.positions[-queries:], self.architecture.windows[layer]
             paid = None if self.paid is None else self.paid[layer]
@@ -232,21 +259,38 @@ class LinkedContext:
         self, layer: int, own_keys: torch.Tensor, own_values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values ``[kv_heads, positions, dim]``, each at its position."""
-        dtype, angles = self.architecture.dtype, self._angles[layer]
-        shape = (len(own_keys), self.stop)
+        dtype, shape = self.architecture.dtype, (len(own_keys), self.stop)
         keys = self.scratch.tensor("keys", (*shape, own_keys.shape[2]), dtype)
         values = self.scratch.tensor("values", (*shape, own_values.shape[2]), dtype)
-        for index, span in enumerate(self.spans):
-            place = slice(span.start, span.stop)
-            if angles is None:
-                keys[:, place] = span.record.keys[layer]
-            else:  # by which queries go back
-                cos, sin = (each[index] for each in angles)
-                turn(span.record.keys[layer], cos, -sin, keys[:, place])
-            values[:, place] = span.record.values[layer]
+        if self._placed:
+            self._placement(layer).place(layer, keys, values, self.scratch)
+        else:
+            self._place(layer, keys, values)
         where = torch.tensor(self.positions)
         keys[:, where], values[:, where] = own_keys, own_values
         return keys, values
+
+    def _placement(self, layer: int) -> Placement:
+        group = next(
+            each
+            for each in self.architecture.groups
+            if layer in range(*each.layers.indices(self.architecture.layers))
+        )
+        if (found := self._placements.get(group.layers.start)) is None:
+            found = self._placements[group.layers.start] = Placement(self.spans, group.inv_freq)
+        return found
+
+    def _place(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """As :meth:`Placement.place`, by torch."""
+        angles = self._angles[layer]
+        for index, (span, record) in enumerate(zip(self.spans, self._records, strict=True)):
+            place = slice(span.start, span.stop)
+            if angles is None:
+                keys[:, place] = record.keys[layer]
+            else:  # by which queries go back
+                cos, sin = (each[index] for each in angles)
+                turn(record.keys[layer], cos, -sin, keys[:, place])
+            values[:, place] = record.values[layer]
 
     def _number(self, kind: str, index: int, layer: int) -> torch.Tensor:
         """Keys or values of a span in the type that the model computes in.
@@ -254,7 +298,7 @@ class LinkedContext:
         Caches may be kept in a smaller one. A layer's are converted at a time, where attention
         finds them in the processor's cache: it took a tenth longer than with caches in float32.
         """
-        kept: torch.Tensor = getattr(self.spans[index].record, kind)[layer]
+        kept: torch.Tensor = getattr(self._records[index], kind)[layer]
         dtype = self.architecture.dtype
         if kept.dtype == dtype:
             return kept

@@ -71,11 +71,46 @@ def _bits_of(context: Any, number: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
+def _of_bits(context: Any, number: Any) -> Any:
+    """The float32 of bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
 pointer: Any = intrinsic(_to_pointer)
 wide: Any = intrinsic(_widened)
 bits: Any = intrinsic(_bits_of)
+of_bits: Any = intrinsic(_of_bits)
 thread_num: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
 num_threads: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+@njit(fastmath=MATH)
+def nearest_half(number: Any) -> Any:
+    """The bits of the nearest bfloat16, and of the even one between two."""
+    b = bits(number)
+    return (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+
+@njit(fastmath=MATH)
+def widen(halves_at: int, length: int, row_at: int) -> None:
+    """Numbers from bfloat16 to float32."""
+    halves = carray(pointer(halves_at), (length,), np.uint16)
+    row = carray(pointer(row_at), (length,), np.float32)
+    for i in range(length):
+        row[i] = wide(halves[i])
+
+
+@njit(fastmath=MATH)
+def narrow(row_at: int, length: int, halves_at: int) -> None:
+    """Numbers from float32 to the nearest bfloat16."""
+    row = carray(pointer(row_at), (length,), np.float32)
+    halves = carray(pointer(halves_at), (length,), np.uint16)
+    for i in range(length):
+        halves[i] = nearest_half(row[i])
 
 
 @njit(fastmath=MATH)

@@ -66,11 +66,11 @@ class OneQuery:
         rows = [
             (
                 number,
-                _address(part.keys, start, 2), _address(part.values, start, 2),
-                _bytes(part.keys, 1), _bytes(part.values, 1),
+                address(part.keys, start, 2), address(part.values, start, 2),
+                bytes_of(part.keys, 1), bytes_of(part.values, 1),
                 int(part.keys.dtype == torch.bfloat16), min(PIECE, part.keys.shape[2] - start),
-                0 if part.bias is None else _address(part.bias, start, 0),
-                _bytes(part.keys, 0), _bytes(part.values, 0),
+                0 if part.bias is None else address(part.bias, start, 0),
+                bytes_of(part.keys, 0), bytes_of(part.values, 0),
             )
             for number, part in enumerate(parts)
             for start in range(0, part.keys.shape[2], PIECE)
@@ -78,7 +78,7 @@ class OneQuery:
         rows += [
             (
                 len(parts), 0, 0, 0, 0, 0, min(PIECE, own - start),
-                0 if own_bias is None else _address(own_bias, start, 0), 0, 0,
+                0 if own_bias is None else address(own_bias, start, 0), 0, 0,
             )
             for start in range(0, own, PIECE)
         ]  # fmt: skip
@@ -152,9 +152,9 @@ class OneQuery:
         """Where the prompt's own tokens are, which is another place after growing."""
         starts = np.arange(0, self._own, self._piece)
         for field, each in ((1, keys), (2, values)):
-            table[field] = each.data_ptr() + starts * _bytes(each, 2)
-            table[field + 2] = _bytes(each, 1)
-            table[field + 7] = _bytes(each, 0) if len(each) > 1 else 0
+            table[field] = each.data_ptr() + starts * bytes_of(each, 2)
+            table[field + 2] = bytes_of(each, 1)
+            table[field + 7] = bytes_of(each, 0) if len(each) > 1 else 0
         table[5] = keys.dtype == torch.bfloat16
 
 
@@ -163,11 +163,12 @@ def available() -> bool:
     return openmp() is not None and _code() is not None
 
 
-def _address(tensor: torch.Tensor, place: int, dim: int) -> int:
-    return tensor.data_ptr() + place * _bytes(tensor, dim)
+def address(tensor: torch.Tensor, place: int, dim: int) -> int:
+    """Of what stands at an index of a dimension, and first in the others."""
+    return tensor.data_ptr() + place * bytes_of(tensor, dim)
 
 
-def _bytes(tensor: torch.Tensor, dim: int) -> int:
+def bytes_of(tensor: torch.Tensor, dim: int) -> int:
     """From one index of a dimension to the next."""
     return tensor.stride(dim) * tensor.element_size()
 

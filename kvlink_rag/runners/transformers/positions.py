@@ -15,7 +15,8 @@ from kvlink_rag.runners.transformers import softmax
 from kvlink_rag.runners.transformers.scratch import Scratch
 from kvlink_rag.runners.transformers.visibility import bias_of
 
-Weigh = Callable[[torch.Tensor], torch.Tensor]
+Weigh = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Scores to weights, whose sums over rows are added to what is paid, if it is asked for."""
 
 BLOCK_QUERIES = 128
 """Queries that attention is computed for at once: their scores stay in the processor's cache."""
@@ -62,11 +63,7 @@ def attend_at(
             shape = (len(rows), seen.stop - seen.start)
             scores = scratch.tensor("scores", shape, rows.dtype)
             torch.mm(rows, keys[head, seen].T, out=scores)
-            weights = weigh(scores)
-            if paid is not None:
-                counted = paid[seen]
-                counted += weights.sum(0, dtype=torch.float32)[: len(counted)]
-            out = weights @ values[head, seen]
+            out = weigh(scores, None if paid is None else paid[seen]) @ values[head, seen]
             result[head, :, start : start + len(at)] = out.view(group, len(at), -1)
     return mixed
 
@@ -78,8 +75,8 @@ def _compiled(
     stop = np.tile(np.array(at, dtype=np.int64) + 1 - seen.start, group)
     first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
 
-    def weigh(scores: torch.Tensor) -> torch.Tensor:
-        softmax.softmax_seen(scores, first, stop, scratch)
+    def weigh(scores: torch.Tensor, paid: torch.Tensor | None) -> torch.Tensor:
+        softmax.softmax_seen(scores, first, stop, scratch, paid)
         return scores
 
     return weigh
@@ -93,13 +90,15 @@ def _by_torch(
     first = seen.start if window is not None else min(at[0] + 1, seen.stop - 1)
     bias: torch.Tensor | None = None
 
-    def weigh(scores: torch.Tensor) -> torch.Tensor:
+    def weigh(scores: torch.Tensor, paid: torch.Tensor | None) -> torch.Tensor:
         nonlocal bias
         bias = bias_of(at, range(first, seen.stop), window, scores.dtype) if bias is None else bias
         if bias is not None:
             scores.view(group, len(at), -1)[..., first - seen.start :] += bias
         weights = scratch.tensor("weights", tuple(scores.shape), scores.dtype)
         torch.softmax(scores, -1, out=weights)
+        if paid is not None:
+            paid += weights.sum(0, dtype=torch.float32)[: len(paid)]
         return weights
 
     return weigh

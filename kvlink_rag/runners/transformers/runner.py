@@ -12,7 +12,7 @@ from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.errors import InputError, UnsupportedModelError
 from kvlink_rag.prompt.segments import Strategy
 from kvlink_rag.runners.base import Abilities, Encoded, Job, ModelRunner
-from kvlink_rag.runners.transformers import step
+from kvlink_rag.runners.transformers import placement, step
 from kvlink_rag.runners.transformers.architecture import Architecture, inspect_model
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.encode import Encoder
@@ -152,7 +152,12 @@ class TransformersRunner:
         if links is not None and (self.architecture.maskable or links.layout == "tail"):
             strategies.add("link")
         in_place: set[Strategy] = {"reuse", "link", "recompute"} if self.in_place else set()
-        return Abilities(frozenset(strategies), together=frozenset(in_place & strategies))
+        codes = self.in_place and placement.available(self.architecture.dtype)
+        return Abilities(
+            frozenset(strategies),
+            together=frozenset(in_place & strategies),
+            codecs=placement.CODECS if codes else frozenset(),
+        )
 
     def check_unchanged(self) -> None:
         """As :meth:`kvlink_rag.runners.base.ModelRunner.check_unchanged`: peft's adapters."""

@@ -17,7 +17,11 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def softmax_seen(
-    scores: torch.Tensor, first: np.ndarray, stop: np.ndarray, scratch: Scratch
+    scores: torch.Tensor,
+    first: np.ndarray,
+    stop: np.ndarray,
+    scratch: Scratch,
+    paid: torch.Tensor | None = None,
 ) -> None:
     """Turn each row's scores, in place, to weights that sum to 1; 0 where it does not see.
 
@@ -26,18 +30,24 @@ def softmax_seen(
         first, stop: each row sees columns from ``first`` up to ``stop``, ``[rows]`` int64; each at
             least one.
         scratch: to compute in.
+        paid: to which the weights are added, summed over rows, ``[up to columns]`` float32.
     """
     from kvlink_rag.runners.transformers import softmax_kernel as k
 
     rows, columns = scores.shape
     threads = torch.get_num_threads()
-    memory = scratch.tensor("softmax", (threads * columns,), torch.float32)
+    memory = scratch.tensor("softmax", (threads, columns), torch.float32)
+    sums: torch.Tensor | None = None
+    if paid is not None:
+        sums = scratch.tensor("softmax paid", (threads, columns), torch.float32).zero_()
     told = np.zeros(k.FIELDS, dtype=np.int64)
     told[:] = (
         rows, columns, scores.dtype == torch.bfloat16, scores.data_ptr(), first.ctypes.data,
-        stop.ctypes.data, memory.data_ptr(),
+        stop.ctypes.data, memory.data_ptr(), 0 if sums is None else sums.data_ptr(),
     )  # fmt: skip
     one_query.team()(_code(), told.ctypes.data, threads, 0)
+    if paid is not None and sums is not None:
+        paid += sums.sum(0)[: len(paid)]
 
 
 @cache

@@ -11,42 +11,31 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 
 from kvlink_rag.runners.transformers.kernel import (
     MATH,
     bits,
+    nearest_half,
     num_threads,
+    of_bits,
     pointer,
     thread_num,
     wide,
 )
 
-ROWS, COLUMNS, HALF, SCORES, FIRST, STOP, MEMORY, FIELDS = range(8)
+ROWS, COLUMNS, HALF, SCORES, FIRST, STOP, MEMORY, PAID, FIELDS = range(9)
 """What the kernel is told, by its place.
 
 Scores ``[rows, columns]`` become weights where they lie; whether they are bfloat16, not float32.
 Which columns each row sees, from ``FIRST`` up to ``STOP``, ``[rows]`` int64 each, at least one; the
-others become 0. Memory for ``columns`` numbers a thread.
+others become 0. Memory for ``columns`` numbers a thread; and where each thread adds up the weights
+of its rows, ``[threads, columns]`` float32, or 0.
 """
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LEAST = np.float32(-126)
 """Exponent of the smallest normal float32: what is smaller, 1e-38 of the highest, is that."""
-
-
-def _of_bits(context: Any, number: Any) -> Any:
-    """The float32 of bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-_float: Any = intrinsic(_of_bits)
 
 
 @njit(fastmath=MATH)
@@ -66,14 +55,7 @@ def _exp(x: Any) -> Any:
     rest = rest * f + np.float32(2.4022651e-1)
     rest = rest * f + np.float32(6.9314718e-1)
     rest = rest * f + np.float32(1)
-    return rest * _float((np.int32(whole) + np.int32(127)) << np.int32(23))
-
-
-@njit(fastmath=MATH)
-def _half(number: Any) -> Any:
-    """The bits of the nearest bfloat16."""
-    b = bits(number)
-    return (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return rest * of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
 @njit
@@ -83,43 +65,61 @@ def _ordered(b: Any) -> Any:
 
 
 @njit
-def _highest(row: Any, length: int) -> Any:
-    """The highest, :func:`_ordered`; as numbers, compilers compare one pair at a time."""
+def _highest(at: int, length: int) -> Any:
+    """The highest of float32 numbers; compilers compare one pair at a time, but as integers."""
+    row = carray(pointer(at), (length,), np.float32)
     highest = np.int32(-(2**31))
     for i in range(length):
         highest = max(highest, _ordered(np.int32(bits(row[i]))))
-    return highest
+    return of_bits(_ordered(highest))
+
+
+@njit
+def _highest_widened(halves_at: int, length: int, row_at: int) -> Any:
+    """The highest of bfloat16 numbers, which are written in float32."""
+    halves = carray(pointer(halves_at), (length,), np.uint16)
+    row = carray(pointer(row_at), (length,), np.float32)
+    highest = np.int32(-(2**31))
+    for i in range(length):
+        number = wide(halves[i])
+        row[i] = number
+        highest = max(highest, _ordered(np.int32(bits(number))))
+    return of_bits(_ordered(highest))
 
 
 @njit(fastmath=MATH)
-def _weigh(address: int, length: int) -> None:
-    """The softmax of float32 numbers, in place."""
-    row = carray(pointer(address), (length,), np.float32)
-    highest = _float(_ordered(_highest(row, length)))
+def _exponents(at: int, length: int, highest: Any) -> Any:
+    """Powers of e instead of numbers, beside that of the highest; their sum."""
+    row = carray(pointer(at), (length,), np.float32)
     total = np.float32(0)
     for i in range(length):
         weight = _exp(row[i] - highest)
         row[i] = weight
         total += weight
-    factor = np.float32(1) / total
+    return total
+
+
+@njit(fastmath=MATH)
+def _scale(at: int, length: int, factor: Any) -> None:
+    row = carray(pointer(at), (length,), np.float32)
     for i in range(length):
         row[i] *= factor
 
 
 @njit(fastmath=MATH)
-def _widen(halves_at: int, length: int, row_at: int) -> None:
-    halves = carray(pointer(halves_at), (length,), np.uint16)
+def _scale_narrowed(row_at: int, length: int, factor: Any, halves_at: int) -> None:
     row = carray(pointer(row_at), (length,), np.float32)
+    halves = carray(pointer(halves_at), (length,), np.uint16)
     for i in range(length):
-        row[i] = wide(halves[i])
+        halves[i] = nearest_half(row[i] * factor)
 
 
 @njit(fastmath=MATH)
-def _narrow(row_at: int, length: int, halves_at: int) -> None:
+def _add(row_at: int, length: int, factor: Any, to: int) -> None:
     row = carray(pointer(row_at), (length,), np.float32)
-    halves = carray(pointer(halves_at), (length,), np.uint16)
+    sums = carray(pointer(to), (length,), np.float32)
     for i in range(length):
-        halves[i] = _half(row[i])
+        sums[i] += row[i] * factor
 
 
 @njit(fastmath=MATH)
@@ -137,17 +137,22 @@ def softmax(address: Any) -> None:
     stops = carray(pointer(told[STOP]), (rows,), np.int64)
     thread = thread_num()
     memory = told[MEMORY] + 4 * thread * columns
+    paid = told[PAID] + 4 * thread * columns
     half = told[HALF] != 0
     size = 2 if half else 4
     for row in range(thread, rows, num_threads()):
-        first, stop = firsts[row], stops[row]
+        first = firsts[row]
+        length = stops[row] - first
         start = told[SCORES] + size * row * columns
         seen = start + size * first
+        at = memory if half else seen
+        highest = _highest_widened(seen, length, at) if half else _highest(at, length)
+        factor = np.float32(1) / _exponents(at, length, highest)
+        if told[PAID] != 0:
+            _add(at, length, factor, paid + 4 * first)
         if half:
-            _widen(seen, stop - first, memory)
-            _weigh(memory, stop - first)
-            _narrow(memory, stop - first, seen)
+            _scale_narrowed(at, length, factor, seen)
         else:
-            _weigh(seen, stop - first)
+            _scale(at, length, factor)
         _clear(start, size * first)
-        _clear(start + size * stop, size * (columns - stop))
+        _clear(seen + size * length, size * (columns - first - length))

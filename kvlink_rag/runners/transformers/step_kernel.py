@@ -133,8 +133,7 @@ def _keep(x: Any, start: int, dim: int, address: int, half: bool) -> None:
     if half:
         halves = carray(pointer(address), (dim,), np.uint16)
         for i in range(dim):
-            bits = k.bits(x[start + i])  # to the nearest, and to the even one between two
-            halves[i] = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> 16
+            halves[i] = k.nearest_half(x[start + i])
     else:
         whole = carray(pointer(address), (dim,), np.float32)
         for i in range(dim):

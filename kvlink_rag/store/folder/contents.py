@@ -85,7 +85,7 @@ class Contents:
         temporary: Path | None = None
         try:
             with explained("store a chunk cache in", self._path):
-                codec = codec_for(self.renew_codec(), record.keys.dtype)
+                codec = codec_for(self.renew_codec(), record.dtype)
                 temporary, nbytes = self._files.write(record, codec)
                 entry = Entry.of(record.key_as(codec), record, nbytes)
 
@@ -233,7 +233,7 @@ class Contents:
 
     def _check_codec(self, record: ChunkKV, codec: str) -> None:
         """As the only writer, refuse what was written before a migration that is through now."""
-        if codec_for(self.renew_codec(), record.keys.dtype) != codec:
+        if codec_for(self.renew_codec(), record.dtype) != codec:
             raise StoreError(
                 f"{self._path} was migrated to codec {self.codec!r} by another process just now: "
                 "store the chunk cache again"

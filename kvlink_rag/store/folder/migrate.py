@@ -162,7 +162,7 @@ class _Migration:
             return  # released or evicted meanwhile
         except CorruptRecord as reason:
             raise self._damaged(key, reason) from reason
-        codec = codec_for(self.codec, record.keys.dtype)
+        codec = codec_for(self.codec, record.dtype)
         new = record.key_as(codec)
         if new == key:
             return
