@@ -99,6 +99,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @pytest.fixture
+def raw_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New folders keep caches as they are: for tests of what a store does with any of them."""
+    monkeypatch.setattr("kvlink_rag.store.folder.store.DEFAULT_CODEC", "raw")
+
+
+@pytest.fixture
 def short_preamble(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few made-up documents to encode chunks behind: a tiny tokenizer's tokens are bytes."""
     from kvlink_rag import Chunk

@@ -73,7 +73,7 @@ def index(
         str | None,
         typer.Option(
             help="Of a new index: raw, bf16, fp8, int8, int4, or auto: the smallest that hardly "
-            "changes answers. Default: raw."
+            "changes answers. Default: int8."
         ),
     ] = None,
     cache_after: Annotated[
@@ -294,13 +294,13 @@ def _cost(
 
     The folder is only looked at; the remote is not asked.
     """
-    from kvlink_rag.chunk import RAW
     from kvlink_rag.index.catalog import CACHES
     from kvlink_rag.index.cost import cost_of
     from kvlink_rag.store import FolderStore, is_store
+    from kvlink_rag.store.codec import DEFAULT_CODEC
 
     if not is_store(out / CACHES):
-        codec = keeping.codec or RAW
+        codec = keeping.codec or DEFAULT_CODEC
         return cost_of(engine, work.chunks, codec), codec, None
     store = FolderStore(out / CACHES, keeping.codec, encryption_key=keeping.key)
     with closing(store):

@@ -98,7 +98,7 @@ class KVIndex:
             embeddings: texts to vectors ``[texts, dim]``; None takes
                 ``sentence-transformers/all-MiniLM-L6-v2``.
             codec: what a new index keeps its caches as (:mod:`kvlink_rag.store.codec`); None is
-                ``raw``, or what the index has; ``auto`` measures for a new one which does
+                ``int8``, or what the index has; ``auto`` measures for a new one which does
                 (:func:`kvlink_rag.tuning.codec.choose_codec`).
             budget: most bytes that its caches may take (:class:`kvlink_rag.store.FolderStore`).
             encryption_key: of its caches (:class:`kvlink_rag.store.FolderStore`). Texts, vectors

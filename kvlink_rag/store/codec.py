@@ -19,6 +19,8 @@ from kvlink_rag.rope import RopeGroup, rotate
 from kvlink_rag.store.one_pass import DTYPES, available, decode_int8
 
 CODECS = (RAW, "bf16", "fp8", "int8", "int4")
+DEFAULT_CODEC = "int8"
+"""Of a new folder: half the bytes of `raw`, as quick, and answers as good (docs/storage.md)."""
 READABLE = ("int8",)
 """Codecs whose codes some runners read as they are."""
 
@@ -123,6 +125,20 @@ def encode(record: ChunkKV, codec: str) -> dict[str, torch.Tensor]:
         return {"keys": keys.contiguous(), "values": values.contiguous()}
     if codec == "bf16":
         return {"keys": keys.bfloat16().contiguous(), "values": values.bfloat16().contiguous()}
+    with torch.autocast("cpu", enabled=False):  # a trainer may be in it, and it refuses float16
+        tensors = _codes(keys, values, record, codec)
+    if not all(each.float().isfinite().all() for each in tensors.values()):
+        raise StoreError(
+            f"codec {codec} cannot hold this chunk cache: it has numbers that are not finite, or "
+            "beyond 65504; use codec 'bf16' or 'raw'"
+        )
+    return tensors
+
+
+def _codes(
+    keys: torch.Tensor, values: torch.Tensor, record: ChunkKV, codec: str
+) -> dict[str, torch.Tensor]:
+    """Codes, and what they are multiplied by and added to."""
     grid = _GRIDS[codec]
     free = _turned(
         keys.to(torch.float32, copy=True), -_positions(record.position, keys), record.rope
@@ -137,11 +153,6 @@ def encode(record: ChunkKV, codec: str) -> dict[str, torch.Tensor]:
         if keys.shape[3] % 2 or values.shape[3] % 2:
             raise StoreError(f"codec {codec} needs heads of an even size: use codec 'int8'")
         tensors |= {name: _packed(tensors[name]) for name in ("keys", "values")}
-    if not all(each.float().isfinite().all() for each in tensors.values()):
-        raise StoreError(
-            f"codec {codec} cannot hold this chunk cache: it has numbers that are not finite, or "
-            "beyond 65504; use codec 'bf16' or 'raw'"
-        )
     return tensors
 
 

@@ -38,7 +38,7 @@ def open_store(
             (:class:`RamTier`); 0 for none. Heeded for folders and URLs alone.
         codec: of a folder: what it keeps keys and values as, `raw`, `bf16`, `fp8`, `int8` or `int4`
             (:mod:`kvlink_rag.store.codec`); fixed when the folder is made. None takes the folder's,
-            `raw` for a new one.
+            `int8` for a new one.
         budget: of a folder: most bytes of files that it may hold, or a :class:`Budget` with limits
             for documents and namespaces; what is worth least makes room. None leaves the folder's
             as it is, a new one without limit.

@@ -18,10 +18,12 @@ from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.adapters.base_model import BaseModel
 from kvlink_rag.adapters.links import LinkTokens
 from kvlink_rag.adapters.load import load_adapter
+from kvlink_rag.chunk import RAW
 from kvlink_rag.common.whole import write_whole
 from kvlink_rag.engine.engine import KVLinkEngine
 from kvlink_rag.errors import InputError
 from kvlink_rag.prompt.layout import PromptTemplate
+from kvlink_rag.store import KVStore, is_store, open_store
 from kvlink_rag.training.data import Lessons
 from kvlink_rag.training.held_out import held_out_losses
 from kvlink_rag.training.lesson import Lesson
@@ -61,7 +63,7 @@ def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adap
     set_seed(settings.seed)
     engine = KVLinkEngine.from_pretrained(
         settings.model,
-        store=store or out / STORE,
+        store=_opened(store or out / STORE),
         dtype=settings.dtype,
         encode_behind=settings.behind,
     )
@@ -106,6 +108,11 @@ def train(settings: TrainSettings, out: Path, store: Path | None = None) -> Adap
     if store is None:
         shutil.rmtree(out / STORE, ignore_errors=True)
     return adapter
+
+
+def _opened(path: Path) -> KVStore:
+    """A folder with the codec that it was made with; a new one keeps caches exactly."""
+    return open_store(path, codec=None if is_store(path) else RAW)
 
 
 def _with_questions(settings: TrainSettings, engine: KVLinkEngine, out: Path) -> TrainSettings:

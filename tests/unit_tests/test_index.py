@@ -54,22 +54,26 @@ class FakeEngine:
         return ChunkKV(token_ids, (), self.fingerprint, tensor, tensor)
 
     def keys(self, chunks: Iterable[str | Chunk]) -> list[str]:
-        return [self._record(chunk).key for chunk in as_chunks(chunks)]
+        return [self._key(self._record(chunk)) for chunk in as_chunks(chunks)]
+
+    def _key(self, record: ChunkKV) -> str:
+        return record.key_as(self.store.codec)
 
     def index(self, chunks: Iterable[str | Chunk], *, progress: Any = True) -> None:
         listed = as_chunks(chunks)
-        distinct = {record.key: record for record in map(self._record, listed)}
+        distinct = {self._key(record): record for record in map(self._record, listed)}
         lengths = {k: len(r.token_ids) for k, r in distinct.items() if not self.store.has(k)}
         done, total = 0, sum(lengths.values())
         for chunk in listed:
             record = self._record(chunk)
-            if self.store.has(record.key):
-                self.store.refer([(chunk.document_id, record.key)])
+            key = self._key(record)
+            if self.store.has(key):
+                self.store.refer([(chunk.document_id, key)])
                 continue
             if not self.store.cache_after:
                 self.store.put(record, [chunk.document_id])
             if callable(progress):
-                done += lengths[record.key]
+                done += lengths[key]
                 progress(done, total)
 
     def answer(self, question: str, chunks: Sequence[Chunk], **settings: object) -> object:

@@ -22,6 +22,7 @@ from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from langchain_kvlink import ChatKVLink, KVLinkVectorStore
 
 from kvlink_rag import InputError, KVLinkEngine, KVLinkWarning, StoreError
+from kvlink_rag.store import open_store
 
 EMBEDDINGS = DeterministicFakeEmbedding(size=8)
 ROOT = Path(__file__).parents[2]
@@ -104,7 +105,7 @@ class TestAdding:
         assert references(engine) == set(zip(ids, keys, strict=True))
 
     def test_what_is_unchanged_costs_nothing(self, tmp_path: Path) -> None:
-        engine = tiny.engine(store=tmp_path)
+        engine = tiny.engine(store=open_store(tmp_path, codec="raw"))
         counts = count_encoded(engine)
         store = make(engine)
         documents = [document(n) for n in range(100)]

@@ -29,6 +29,8 @@ from kvlink_rag.store.folder import files as files_module
 from kvlink_rag.store.folder import uses as uses_module
 from kvlink_rag.store.record import CorruptRecord, map_record
 
+pytestmark = pytest.mark.usefixtures("raw_folders")
+
 ABSENT = "0" * 64
 
 

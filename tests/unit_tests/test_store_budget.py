@@ -22,6 +22,8 @@ from kvlink_rag.store import (
 )
 from kvlink_rag.store.folder.catalog import BASE
 
+pytestmark = pytest.mark.usefixtures("raw_folders")
+
 
 def make_record(number: int, tokens: int = 4) -> ChunkKV:
     keys = torch.full((2, 1, tokens, 4), float(number))

@@ -149,10 +149,22 @@ class TestFolder:
         FolderStore(tmp_path / "a", "int4").close()
         with pytest.raises(InputError, match=r"made with codec 'int4', not 'int8'"):
             FolderStore(tmp_path / "a", "int8")
-        FolderStore(tmp_path / "b").close()
+        FolderStore(tmp_path / "b", "raw").close()
         with pytest.raises(InputError, match="made with codec 'raw', not 'int8'"):
             FolderStore(tmp_path / "b", "int8")
-        assert FolderStore(tmp_path / "b", "raw").codec == "raw"
+        assert FolderStore(tmp_path / "b").codec == "raw"
+
+    def test_a_new_folder_is_int8_and_one_of_before_stays_what_it_was(self, tmp_path):
+        its = record(70)
+        FolderStore(tmp_path / "new").put(its)
+        again = FolderStore(tmp_path / "new")
+        assert again.codec == open_store(tmp_path / "newer").codec == "int8"
+        assert again.get(its.key_as("int8")) is not None
+        FolderStore(tmp_path / "old", "raw").put(its)
+        assert not (tmp_path / "old" / "store.json").exists()  # as before codecs were written down
+        found = FolderStore(tmp_path / "old")
+        assert found.codec == "raw"
+        assert torch.equal(found.get(its.key).keys, its.keys)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"codec": "zip"}'])
     def test_damaged_settings(self, tmp_path, text):
@@ -246,7 +258,7 @@ def test_what_is_written_is_laid_out_as_readers_expect(tmp_path):
 def test_raw_caches_that_were_read_can_be_coded(tmp_path):
     """Their file says how their keys are rotated."""
     its = record(70)
-    FolderStore(tmp_path / "raw").put(its)
+    FolderStore(tmp_path / "raw", "raw").put(its)
     found = FolderStore(tmp_path / "raw").get(its.key)
     for name, wanted in encode(its, "int4").items():
         assert torch.equal(encode(found, "int4")[name], wanted)

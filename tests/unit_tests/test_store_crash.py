@@ -55,7 +55,7 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     workers = [run("share", tmp_path / "kv", name) for name in ("a", "b")]
     for worker in workers:
         wait_for(worker)
-    store = FolderStore(tmp_path / "kv")
+    store = FolderStore(tmp_path / "kv", "raw")
     check = store.verify()
     assert check.clean
     assert check.unreferenced == []
@@ -67,7 +67,7 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
 
 
 def share(path: str, name: str) -> None:
-    store = FolderStore(path)
+    store = FolderStore(path, "raw")
     for turn in range(ROUNDS):
         number = turn % 4
         store.put(make_record(number), [f"{name} {number}"])
@@ -132,14 +132,14 @@ def kill_at_random_instants(path: str, what: str) -> None:
             def say(number: int, log: int = log) -> None:
                 os.write(log, b"%d\n" % number)  # outlives the process
 
-            work(FolderStore(path), say)
+            work(FolderStore(path, "raw"), say)
         while not acknowledged.read_bytes():
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.1))
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
         said = [int(line) for line in acknowledged.read_text().split("\n")[:-1]]
-        store = FolderStore(path)
+        store = FolderStore(path, "raw")
         assert store.verify().corrupt == []
         check(store, said)
         store.prune()

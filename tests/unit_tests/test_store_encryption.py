@@ -22,6 +22,8 @@ from kvlink_rag.store import FolderStore, MemoryStore, env_key, open_store
 from kvlink_rag.store import encryption as encryption_module
 from kvlink_rag.store.encryption import MAGIC, NONCE, Cipher, NotOpened
 
+pytestmark = pytest.mark.usefixtures("raw_folders")
+
 KEY = bytes(range(32))
 OTHER = bytes(32)
 FINGERPRINT = "a-model-that-nobody-should-know"

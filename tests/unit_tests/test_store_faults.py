@@ -20,6 +20,8 @@ from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store import FolderStore, StoreStat
 from kvlink_rag.store.folder import files as files_module
 
+pytestmark = pytest.mark.usefixtures("raw_folders")
+
 ABSENT = "0" * 64
 
 

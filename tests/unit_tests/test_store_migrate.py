@@ -28,6 +28,8 @@ from kvlink_rag.store.folder import migrate as migrate_module
 from kvlink_rag.store.folder.files import ChunkFiles
 from kvlink_rag.store.folder.migrate import migrate
 
+pytestmark = pytest.mark.usefixtures("raw_folders")
+
 KEY = bytes(range(32))
 RECORDS = 8
 KILLS = 15

@@ -27,6 +27,8 @@ from kvlink_rag.errors import KVLinkWarning, StoreError
 from kvlink_rag.store import Budget, FolderStore
 from kvlink_rag.store.folder.files import ChunkFiles
 
+pytestmark = pytest.mark.usefixtures("raw_folders")
+
 NUMBERS = st.integers(0, 5)
 DOCUMENTS = st.sampled_from(["a/1", "a/2", "é"])
 SIZE = 1000

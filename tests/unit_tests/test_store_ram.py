@@ -23,6 +23,8 @@ from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store import FolderStore, KVStore, MemoryStore, RamTier, open_store
 from kvlink_rag.store import ram as ram_module
 
+pytestmark = pytest.mark.usefixtures("raw_folders")
+
 PATIENCE_S = 60.0
 
 

@@ -41,6 +41,8 @@ from kvlink_rag.store import (
 from kvlink_rag.store.folder.migrate import migrate
 from kvlink_rag.store.folder.outbox import Operation, Outbox
 
+pytestmark = pytest.mark.usefixtures("raw_folders")
+
 ABSENT = "0" * 64
 PATIENCE_S = 30.0
 SOON_S = 0.05

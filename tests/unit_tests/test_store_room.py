@@ -40,7 +40,7 @@ from kvlink_rag.store import FolderStore, MemoryStore
 
 tensor = torch.rand(2, 1, 3, 4)
 record = ChunkKV((1, 2, 3), (), "a model", tensor, tensor + 1)
-for store in (FolderStore(sys.argv[1]), MemoryStore()):
+for store in (FolderStore(sys.argv[1], "raw"), MemoryStore()):
     store.put(record, ["a document"])
     found = store.get(record.key)
     assert found is not None and found.is_for("a model", (), (1, 2, 3))

@@ -15,7 +15,7 @@ from filelock import FileLock
 from kvlink_rag.chunk import RAW, ChunkKV
 from kvlink_rag.errors import InputError, KVLinkWarning, StoreError
 from kvlink_rag.store.base import Budget, StoreCheck, StoreStat, StoreUsage, check_cache_after
-from kvlink_rag.store.codec import check_codec
+from kvlink_rag.store.codec import DEFAULT_CODEC, check_codec
 from kvlink_rag.store.encryption import Cipher, EncryptionKey
 from kvlink_rag.store.folder import budget as room
 from kvlink_rag.store.folder import catalog as sql
@@ -43,7 +43,7 @@ class FolderStore:
     Args:
         path: the folder; made with mode 0700 when it is not there. A read-only one can be read.
         codec: what keys and values are written as (:mod:`kvlink_rag.store.codec`); fixed when the
-            folder is made. None is what it was made with, ``raw`` for a new one.
+            folder is made. None is what it was made with, ``int8`` for a new one.
         budget: bytes of files that the folder may hold, for all processes from now on; what is
             worth least is evicted for what is new (:mod:`.budget`). None leaves the
             folder's as it is, a new one without limit. Each writing thread adds a file for a time.
@@ -344,8 +344,9 @@ class FolderStore:
         if (self.path / CATALOG).exists() or not os.access(self.path, os.W_OK):
             return self._known(wanted, cipher)
         with FileLock(self.path / "store.lock", mode=0o600):
-            if not is_store(self.path) and (wanted not in (None, RAW) or cipher):
-                Settings.made(wanted or RAW, cipher).write(self.path)
+            codec = wanted or DEFAULT_CODEC
+            if not is_store(self.path) and (codec != RAW or cipher):
+                Settings.made(codec, cipher).write(self.path)
             # before the catalog: a folder that has one has its settings
             return self._known(wanted, cipher)
 
