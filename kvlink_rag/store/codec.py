@@ -16,7 +16,14 @@ import torch
 from kvlink_rag.chunk import RAW, ChunkKV, CodedKV
 from kvlink_rag.errors import InputError, StoreError
 from kvlink_rag.rope import RopeGroup, rotate
-from kvlink_rag.store.one_pass import DTYPES, available, decode_int8
+from kvlink_rag.store.one_pass import (
+    DTYPES,
+    FreeKeys,
+    available,
+    decode_int8,
+    int8_keys,
+    int8_values,
+)
 
 CODECS = (RAW, "bf16", "fp8", "int8", "int4")
 DEFAULT_CODEC = "int8"
@@ -127,7 +134,10 @@ def encode(record: ChunkKV, codec: str) -> dict[str, torch.Tensor]:
         return {"keys": keys.bfloat16().contiguous(), "values": values.bfloat16().contiguous()}
     with torch.autocast("cpu", enabled=False):  # a trainer may be in it, and it refuses float16
         tensors = _codes(keys, values, record, codec)
-    if not all(each.float().isfinite().all() for each in tensors.values()):
+    # of what is coded, too: it may be lost among codes. A sum is not finite if one of its terms
+    # is not, and quicker than a look at each
+    numbers = (keys, values, *(each for each in tensors.values() if each.is_floating_point()))
+    if not all(each.float().sum().isfinite() for each in numbers):
         raise StoreError(
             f"codec {codec} cannot hold this chunk cache: it has numbers that are not finite, or "
             "beyond 65504; use codec 'bf16' or 'raw'"
@@ -140,6 +150,8 @@ def _codes(
 ) -> dict[str, torch.Tensor]:
     """Codes, and what they are multiplied by and added to."""
     grid = _GRIDS[codec]
+    if codec == "int8" and keys.dtype in DTYPES and keys.dtype == values.dtype and available():
+        return _codes_at_once(keys, values, record, grid)
     free = _turned(
         keys.to(torch.float32, copy=True), -_positions(record.position, keys), record.rope
     )
@@ -154,6 +166,24 @@ def _codes(
             raise StoreError(f"codec {codec} needs heads of an even size: use codec 'int8'")
         tensors |= {name: _packed(tensors[name]) for name in ("keys", "values")}
     return tensors
+
+
+def _codes_at_once(
+    keys: torch.Tensor, values: torch.Tensor, record: ChunkKV, grid: _Grid
+) -> dict[str, torch.Tensor]:
+    """:func:`_codes` of `int8`, compiled."""
+    free = FreeKeys.of(keys, record.position, record.rope, grid.key_group)
+    of_keys = _params(free.low, free.high, grid)
+    key_params = (of_keys[name] for name in grid.params)
+    heads = _grouped(values.float().contiguous())
+    of_values = _params(heads.amin(4), heads.amax(4), grid)
+    value_params = (of_values[name] for name in grid.params)
+    return {
+        "keys": int8_keys(free, grid.key_group, *key_params),
+        "values": int8_values(heads.flatten(3), *value_params),
+        **{f"keys{name}": each for name, each in of_keys.items()},
+        **{f"values{name}": each for name, each in of_values.items()},
+    }
 
 
 def coded(record: ChunkKV, codec: str) -> ChunkKV:
@@ -210,11 +240,17 @@ def _quantised(numbers: torch.Tensor, grid: _Grid, dim: int) -> dict[str, torch.
         largest = torch.maximum(low.abs(), high.abs())
         scale = _half_above(largest / torch.finfo(grid.kind).max).clamp_min(LEAST)
         return {"": (numbers / scale.float()).to(grid.kind), ".scale": scale}
+    params = _params(low, high, grid)
+    scale, offset = (params[name].float() for name in grid.params)
+    codes = ((numbers - offset) / scale).round_().clamp_(0, 2**grid.bits - 1)
+    return {"": codes.to(torch.uint8), **params}
+
+
+def _params(low: torch.Tensor, high: torch.Tensor, grid: _Grid) -> dict[str, torch.Tensor]:
+    """Scales and offsets for numbers between bounds."""
     offset = -_half_above(-low)
-    most = 2**grid.bits - 1
-    scale = _half_above((high - offset.float()) / most).clamp_min(LEAST)
-    codes = ((numbers - offset.float()) / scale.float()).round_().clamp_(0, most)
-    return {"": codes.to(torch.uint8), ".scale": scale, ".offset": offset}
+    scale = _half_above((high - offset.float()) / (2**grid.bits - 1)).clamp_min(LEAST)
+    return {".scale": scale, ".offset": offset}
 
 
 def _restored(codes: torch.Tensor, params: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -294,6 +294,38 @@ class TestOnePass:
             torch.testing.assert_close(one, other, atol=1e-4, rtol=rtol)
             assert (one != other).float().mean() < (1.0 if dtype == torch.float32 else 1e-3)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dim", [16, 24, 64, 128])
+    @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 300])
+    def test_coded_at_once_and_by_torch(self, monkeypatch, tokens, dim, dtype):
+        its = record(tokens, dim=dim, dtype=dtype)
+        found = encode(its, "int8")
+        with monkeypatch.context() as patch:
+            patch.setattr("kvlink_rag.store.codec.available", lambda: False)
+            expected = encode(its, "int8")
+        assert found.keys() == expected.keys()
+        for name, wanted in expected.items():
+            one = found[name]
+            assert (one.dtype, one.shape) == (wanted.dtype, wanted.shape)
+            assert one.is_contiguous()
+            if one.dtype == torch.uint8:  # where the angle's rounding decides, or the scale's
+                assert (one.int() - wanted.int()).abs().max() <= 2
+                assert (one != wanted).float().mean() < 1e-3
+            else:  # a last bit of float16, of keys that were turned back by other roundings
+                torch.testing.assert_close(one, wanted, atol=2e-5, rtol=2**-10)
+                assert (one != wanted).float().mean() < 0.01
+        wrong = decode(found, "int8", torch.float32, its.position, its.rope)[0] - its.keys.float()
+        assert wrong.abs().max() < 0.1
+
+    @pytest.mark.parametrize("what", ["keys", "values"])
+    @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e8])
+    @pytest.mark.parametrize("codec", LOSSY)
+    def test_what_it_cannot_hold_is_refused(self, codec, number, what):
+        its = record(130)
+        getattr(its, what)[1, 1, 77, 5] = number
+        with pytest.raises(StoreError, match="not finite, or beyond 65504"):
+            encode(its, codec)
+
     def test_bfloat16_is_rounded_to_the_nearest_and_to_even(self):
         its = record(300)
         tensors = encode(its, "int8")
