@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 
 from kvlink_rag.runners.transformers import kernel, one_query
-from kvlink_rag.runners.transformers.one_query import OneQuery, Part
+from kvlink_rag.runners.transformers.one_query import OneQuery
+from kvlink_rag.runners.transformers.part import DTYPES, PIECE, Part
 from kvlink_rag.runners.transformers.scratch import Scratch
 
 LAYERS, KV_HEADS, LAYER = 3, 2, 1
@@ -40,14 +42,14 @@ def in_torch(parts: list[Part], queries: torch.Tensor, own: Part) -> torch.Tenso
     return (weights @ torch.cat(values, 1)).flatten(0, 1)
 
 
-@pytest.mark.parametrize("dtype", one_query.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("dims", [(8, 8), (20, 12)])
 def test_it_is_the_softmax_over_everything(
     dtype: torch.dtype, group: int, dims: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    piece = kernel.PIECE
+    piece = PIECE
     parts = [
         part(5, dims, dtype, range(0)),
         part(2 * piece + 3, dims, dtype, range(piece, 2 * piece)),  # a piece of which none is seen
@@ -115,6 +117,27 @@ def test_where_there_is_no_folder_for_the_code(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(kernel, "cfunc", refuse)
     assert kernel.compiled(kernel.combine)
+
+
+def test_code_is_kept_for_these_sources_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba itself looks at the file of a function, and not at what the function calls."""
+    names: list[str] = []
+    make = kernel.cfunc
+
+    def named(*args: object, **options: object) -> Any:
+        def kept(function: Any) -> Any:
+            names.append(function.__qualname__)
+            return make(*args)(function)
+
+        return kept
+
+    monkeypatch.setattr(kernel, "cfunc", named)
+    kernel.compiled(kernel.combine)
+    monkeypatch.setattr(kernel, "_sources", lambda: "others")
+    kernel.compiled(kernel.combine)
+    assert len(set(names)) == 2
+    assert all(name.startswith("combine_") for name in names)
+    assert kernel.combine.__qualname__ == "combine"
 
 
 def test_without_numba_attention_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

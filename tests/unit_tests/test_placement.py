@@ -13,8 +13,9 @@ import torch
 from kvlink_rag import KVLinkEngine
 from kvlink_rag.chunk import ChunkKV, CodedKV
 from kvlink_rag.rope import RopeGroup, rotate
-from kvlink_rag.runners.transformers import in_place, placement
+from kvlink_rag.runners.transformers import in_place, part
 from kvlink_rag.runners.transformers.in_place import LinkedContext
+from kvlink_rag.runners.transformers.part import Part
 from kvlink_rag.runners.transformers.placement import Placement
 from kvlink_rag.runners.transformers.scratch import Scratch
 from kvlink_rag.runners.transformers.visibility import Span
@@ -57,13 +58,14 @@ def test_numbers_are_where_they_belong(dtype, out, codes, dims, pairs) -> None:
     rope = (RopeGroup(slice(0, LAYERS), inv_freq),)
     made = [record(tokens, dims, dtype, rope, tokens) for tokens in (1, 300, 128)]
     kept = [coded(each) if codes else each for each in made]
-    assert all(placement.readable(each, rope) for each in kept)
+    assert all(part.readable(each, rope) for each in kept)
     starts = (445, 0, 301)
     spans = [Span(each, start) for each, start in zip(kept, starts, strict=True)]
     keys = torch.full((KV_HEADS, 450, dims[0]), 9.0, dtype=out)
     values = torch.full((KV_HEADS, 450, dims[1]), 9.0, dtype=out)
     layer = LAYERS - 1
-    Placement(spans, inv_freq).place(layer, keys, values, Scratch())
+    parts = [Part.at_its_place(span, inv_freq) for span in spans]
+    Placement(parts, pairs or 0).place(layer, keys, values, Scratch())
     free = torch.ones(450, dtype=torch.bool)
     tolerance = {"atol": 2e-5, "rtol": 1e-2 if torch.bfloat16 in (dtype, out) else 1e-5}
     for span, each in zip(spans, made, strict=True):
@@ -88,7 +90,7 @@ def test_layers_have_their_own_codes_and_scales() -> None:
     rope = (RopeGroup(slice(0, LAYERS), frequencies(8)),)
     one = coded(record(140, (16, 16), torch.float32, rope, 0))
     span = Span(one, one.position)
-    placed = Placement([span], rope[0].inv_freq)
+    placed = Placement([Part.at_its_place(span, rope[0].inv_freq)], 8)
     stop = span.stop
     for layer in range(LAYERS):
         keys, values = torch.zeros(2, KV_HEADS, stop, 16)
@@ -101,10 +103,10 @@ def test_codes_of_another_rotation_are_not_read() -> None:
     """They were freed of it, and would be given the model's."""
     rope = (RopeGroup(slice(0, LAYERS), frequencies(8)),)
     one = coded(record(5, (16, 16), torch.float32, rope, 0))
-    assert placement.readable(one, rope)
-    assert not placement.readable(one, (RopeGroup(slice(0, LAYERS), frequencies(8) * 2),))
-    assert not placement.readable(one, (RopeGroup(slice(0, LAYERS), None),))
-    assert not placement.readable(one, ())
+    assert part.readable(one, rope)
+    assert not part.readable(one, (RopeGroup(slice(0, LAYERS), frequencies(8) * 2),))
+    assert not part.readable(one, (RopeGroup(slice(0, LAYERS), None),))
+    assert not part.readable(one, ())
 
 
 def engine_over(folder: Path, name: str = "llama", **options: Any) -> KVLinkEngine:
@@ -114,18 +116,21 @@ def engine_over(folder: Path, name: str = "llama", **options: Any) -> KVLinkEngi
     return engine
 
 
-def test_a_first_token_needs_nothing_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stepped", [True, False])
+def test_an_answer_needs_nothing_decoded(
+    stepped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_over(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(CodedKV, "decoded", lambda self: pytest.fail("it was decoded"))
-        for options in ({"strategy": "reuse"}, {"strategy": "recompute", "recompute": 0.1}):
-            prefill = engine.prefill(QUESTION, CHUNKS, **options)
-            assert prefill.report.misses == 0
-    assert isinstance(prefill.context, LinkedContext)
-    assert not [span for span in prefill.context.spans if type(span.record) is ChunkKV]
-    assert len(engine.answer(QUESTION, CHUNKS, max_new_tokens=6).token_ids) == 6
+    assert engine.runner.stepped
+    engine.runner.stepped = stepped
+    monkeypatch.setattr(CodedKV, "decoded", lambda self: pytest.fail("it was decoded"))
+    for options in ({"strategy": "reuse"}, {"strategy": "recompute", "recompute": 0.1}):
+        prefill = engine.prefill(QUESTION, CHUNKS, **options)
+        assert prefill.report.misses == 0
+        assert isinstance(prefill.context, LinkedContext)
+        assert not [span for span in prefill.context.spans if type(span.record) is ChunkKV]
+        answer = engine.answer(QUESTION, CHUNKS, **options, max_new_tokens=6)
+        assert len(answer.token_ids) == 6
 
 
 @pytest.mark.matrix
@@ -140,7 +145,7 @@ def test_codes_and_what_they_are_decoded_to_give_the_same(
     found = engine.prefill(QUESTION, CHUNKS, **options)
     assert any(isinstance(span.record, CodedKV) for span in found.context.spans)  # type: ignore[union-attr]
     answer = engine.answer(QUESTION, CHUNKS, **options, max_new_tokens=8).token_ids
-    monkeypatch.setattr(placement, "CODECS", frozenset())
+    monkeypatch.setattr(part, "CODECS", frozenset())
     assert not engine.runner.abilities.codecs
     for many in (2, 10**6):
         monkeypatch.setattr(in_place, "MANY_QUERIES", many)

@@ -24,7 +24,8 @@ from kvlink_rag.runners.transformers import one_query, placement
 from kvlink_rag.runners.transformers.architecture import Architecture
 from kvlink_rag.runners.transformers.attention import FEW_TOKENS, multiply
 from kvlink_rag.runners.transformers.context import ContextCache, new_cache
-from kvlink_rag.runners.transformers.one_query import OneQuery, Part
+from kvlink_rag.runners.transformers.one_query import OneQuery
+from kvlink_rag.runners.transformers.part import Part, readable
 from kvlink_rag.runners.transformers.placement import Placement
 from kvlink_rag.runners.transformers.positions import attend_at
 from kvlink_rag.runners.transformers.scratch import Scratch
@@ -34,6 +35,10 @@ MANY_QUERIES = 16
 """From so many new tokens on it is faster to move a layer's keys than the queries."""
 MANY_UNPLACED = 40
 """The same where no kernel moves them."""
+
+
+Kind = tuple[int | None, int]
+"""Of a layer."""
 
 
 class LinkedContext:
@@ -48,8 +53,9 @@ class LinkedContext:
     Attributes:
         scratch: what it computes in.
         positions: of the tokens in ``own``.
-        one: the compiled attention of the one new token that is expected, by window; empty where
-            there are more, or a span cannot be read by it.
+        kinds: of each layer its window, and the number of a group with its frequencies.
+        one: the compiled attention of the one new token that is expected, by kind of layer; empty
+            where there are more, or a span cannot be read by it.
         paid: where the attention to each position of the spans is counted, ``[layers, positions]``
             float32 for the first layers, while somebody asks for it.
     """
@@ -67,25 +73,29 @@ class LinkedContext:
         self.own = own
         self.positions: list[int] = []
         self._visibility = Visibility(self.spans, architecture.dtype)
-        placed = placement.available(architecture.dtype) and bool(spans)
-        self._placed = placed and all(
-            placement.readable(span.record, architecture.groups) for span in spans
-        )
-        self._placements: dict[int, Placement] = {}  # by the first layer of those that share one
+        groups = architecture.groups
+        self._readable = all(readable(span.record, groups) for span in spans)
+        self._placed = bool(spans) and self._readable and placement.available(architecture.dtype)
+        self._parts: dict[tuple[int, int | None], Part] = {}
+        self._placements: dict[int, Placement] = {}  # by group
         self.paid: torch.Tensor | None = None
         # queries go back as far as the keys would go forward
         shifts = -torch.tensor([span.shift for span in spans], dtype=torch.float32)
         self._angles: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # cosines and sines
-        for group in architecture.groups:
+        numbers: list[int] = []
+        first: dict[int, int] = {}  # of the groups with the same frequencies, which are runs
+        for number, group in enumerate(groups):
             its = None
             if group.inv_freq is not None and spans:
                 angles = shifts[:, None, None, None] * group.inv_freq.to(torch.float32)
                 its = (angles.cos(), angles.sin())  # [spans, 1, 1, half]
             count = len(range(*group.layers.indices(architecture.layers)))
             self._angles += [its] * count
+            numbers += [first.setdefault(id(group.inv_freq), number)] * count
+        self.kinds = list(zip(architecture.windows, numbers, strict=True))
         self._moves = False  # whether keys are moved for the new tokens, not their queries
         self._blocks: dict[int | None, list[Block]] = {}
-        self.one: dict[int | None, OneQuery] = {}
+        self.one: dict[Kind, OneQuery] = {}
 
     @property
     def stop(self) -> int:
@@ -112,12 +122,8 @@ class LinkedContext:
             window: list(self._visibility.blocks(positions, self.positions, window))
             for window in windows
         }
-        alone = len(positions) == 1 and self.paid is None and self.compiled
-        self.one = (
-            {window: self._prepared(block) for window, (block,) in self._blocks.items()}
-            if alone
-            else {}
-        )
+        alone = len(positions) == 1 and not self._moves and self.paid is None and self.compiled
+        self.one = {kind: self._prepared(*kind) for kind in set(self.kinds)} if alone else {}
 
     @cached_property
     def _records(self) -> list[ChunkKV]:
@@ -130,19 +136,27 @@ class LinkedContext:
         coded = any(isinstance(span.record, CodedKV) for span in self.spans)
         return self._placed and coded and "_records" not in self.__dict__
 
-    @cached_property
+    @property
     def compiled(self) -> bool:
         """Whether the attention of one new token is compiled here, and reads all spans."""
-        parts = (Part(record.keys, record.values, None) for record in self._records)
-        return one_query.available() and all(part.readable for part in parts)
+        return self._readable and one_query.available()
 
-    def _prepared(self, block: Block) -> OneQuery:
+    def _prepared(self, window: int | None, group: int) -> OneQuery:
         """The attention of the one new token."""
-        parts = [
-            Part(self._records[index].keys, self._records[index].values, _flat(bias))
-            for index, bias in block.seen
-        ]
+        (block,) = self._blocks[window]
+        parts = [self._part(index, group).with_bias(_flat(bias)) for index, bias in block.seen]
         return OneQuery(parts, len(self.positions), _flat(block.own), self.scratch)
+
+    def _part(self, index: int, group: int) -> Part:
+        """A span as it lies; codes, which have no rotation, with that of their positions."""
+        span = self.spans[index]
+        coded = isinstance(span.record, CodedKV)
+        at = (index, group if coded else None)
+        if at not in self._parts:
+            inv_freq = self.architecture.groups[group].inv_freq
+            made = Part.at_its_place(span, inv_freq) if coded else Part.as_it_lies(span)
+            self._parts[at] = made
+        return self._parts[at]
 
     def turns(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Cosines and sines by which the new token's query meets each span that it sees.
@@ -196,7 +210,7 @@ class LinkedContext:
             return attend_at(query[0] * scale, keys, values, new, window, self.scratch, paid)
         kv_heads = own_keys.shape[0]
         folded = (query[0] * scale).reshape(kv_heads, heads // kv_heads, queries, dim)
-        if one := self.one.get(self.architecture.windows[layer]):
+        if one := self.one.get(self.kinds[layer]):
             rows, (block,) = folded[:, :, 0], self._blocks[self.architecture.windows[layer]]
             met = torch.cat([self._turned(rows, layer, block), rows[None]]).float()
             return one.attend(layer, met, own_keys, own_values)[None].to(query.dtype)
@@ -263,22 +277,25 @@ class LinkedContext:
         keys = self.scratch.tensor("keys", (*shape, own_keys.shape[2]), dtype)
         values = self.scratch.tensor("values", (*shape, own_values.shape[2]), dtype)
         if self._placed:
-            self._placement(layer).place(layer, keys, values, self.scratch)
+            self._placement(self.kinds[layer][1]).place(layer, keys, values, self.scratch)
         else:
             self._place(layer, keys, values)
         where = torch.tensor(self.positions)
         keys[:, where], values[:, where] = own_keys, own_values
         return keys, values
 
-    def _placement(self, layer: int) -> Placement:
-        group = next(
-            each
-            for each in self.architecture.groups
-            if layer in range(*each.layers.indices(self.architecture.layers))
-        )
-        if (found := self._placements.get(group.layers.start)) is None:
-            found = self._placements[group.layers.start] = Placement(self.spans, group.inv_freq)
-        return found
+    def _placement(self, group: int) -> Placement:
+        if group not in self._placements:
+            inv_freq = self.architecture.groups[group].inv_freq
+            parts = [
+                self._part(index, group)
+                if isinstance(span.record, CodedKV)
+                else Part.at_its_place(span, inv_freq)
+                for index, span in enumerate(self.spans)
+            ]
+            pairs = 0 if inv_freq is None else len(inv_freq)
+            self._placements[group] = Placement(parts, pairs)
+        return self._placements[group]
 
     def _place(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """As :meth:`Placement.place`, by torch."""

@@ -9,6 +9,10 @@ OpenMP team that torch computes with: another one would fight with it for the pr
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -17,30 +21,29 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-PIECE = 256
-"""Tokens of one key head that a thread takes at once."""
+from kvlink_rag.runners.transformers import part
 
 (
-    LAYER, PIECES, KV_HEADS, GROUP, KEY_DIM, VALUE_DIM, QUERIES, WHICH_QUERY, KEYS, VALUES,
-    KEY_STRIDES, VALUE_STRIDES, HALF, LENGTHS, BIASES, KEY_LAYERS, VALUE_LAYERS, MEMORY, MOST, SUMS,
-    MIXED, OUT, FIELDS,
-) = range(23)  # fmt: skip
+    LAYER, PIECES, KV_HEADS, GROUP, KEY_DIM, VALUE_DIM, PAIRS, VALUE_GROUPS, QUERIES, WHICH_QUERY,
+    BIASES, MEMORY, MOST, SUMS, MIXED, OUT, OF_PIECES,
+) = range(17)  # fmt: skip
+FIELDS = OF_PIECES + part.FIELDS
 """What the kernel is told, by its place: numbers, and addresses of arrays.
 
-Of each piece (``[pieces]`` int64): which query it meets; addresses of its keys and values of the
-first layer's first head, and the bytes from one head to the next; whether they are bfloat16, not
-float32; how many tokens it has; the address of what is added to their scores, float32, or 0; the
-bytes from one layer to the next. Queries are ``[.., kv_heads, group, key_dim]`` float32. Of each
-task, a piece of one head: memory for :func:`memory_of` numbers, and what was found: the highest
-score and the sum of the weights of each query, and the values mixed by them. Out comes ``[kv_heads,
-group, value_dim]`` float32.
+Of each piece (``[pieces]`` int64): which query it meets; the address of what is added to its
+scores, float32, or 0; and from ``OF_PIECES`` on what is told of pieces
+(:mod:`kvlink_rag.runners.transformers.part`), whose keys are turned where there are cosines.
+Queries are ``[.., kv_heads, group, key_dim]`` float32. Of each task, a piece of one head: memory
+for :func:`memory_of` numbers, and what was found: the highest score and the sum of the weights of
+each query, and the values mixed by them. Out comes ``[kv_heads, group, value_dim]`` float32.
 """
 MATH = {"reassoc", "contract", "nsz", "arcp"}  # not all: the score of a hidden token is -inf
 
 
 def memory_of(group: int, key_dim: int, value_dim: int) -> int:
-    """Numbers (4 bytes) that a task needs: scores of all queries, and a row in float32."""
-    return group * PIECE + max(key_dim, value_dim)
+    """Numbers (4 bytes) that a task needs: scores of all queries, and a row in float32 with its
+    scales and offsets."""
+    return group * part.PIECE + 3 * max(key_dim, value_dim)
 
 
 def _to_pointer(context: Any, address: Any) -> Any:
@@ -114,21 +117,92 @@ def narrow(row_at: int, length: int, halves_at: int) -> None:
 
 
 @njit(fastmath=MATH)
-def _read(address: int, half: bool, dim: int, row: Any, bits: Any) -> None:
-    """A key or value to ``row`` in float32; ``bits`` are the same memory."""
-    if half:
-        numbers = carray(pointer(address), (dim,), np.uint16)
-        for i in range(dim):
-            bits[i] = np.uint32(numbers[i]) << np.uint32(16)
-    else:
+def _of_float16(bits: Any) -> Any:
+    """A finite float16, given as its bits, as float32."""
+    size = of_bits(np.int32((np.uint32(bits) & np.uint32(0x7FFF)) << np.uint32(13)))
+    size *= np.float32(2.0**112)  # the exponents' biases differ by as much
+    return -size if bits & np.uint16(0x8000) else size
+
+
+@njit(fastmath=MATH)
+def read(address: int, kind: int, dim: int, row_at: int, scales_at: int, offsets_at: int) -> None:
+    """A row of numbers as float32; ``scales`` and ``offsets`` of codes, a number each."""
+    row = carray(pointer(row_at), (dim,), np.float32)
+    if kind == part.HALF:
+        widen(address, dim, row_at)
+    elif kind == part.FLOAT:
         exact = carray(pointer(address), (dim,), np.float32)
         for i in range(dim):
             row[i] = exact[i]
+    else:
+        codes = carray(pointer(address), (dim,), np.uint8)
+        scales = carray(pointer(scales_at), (dim,), np.float32)
+        offsets = carray(pointer(offsets_at), (dim,), np.float32)
+        for i in range(dim):
+            row[i] = np.float32(codes[i]) * scales[i] + offsets[i]
+
+
+@njit(fastmath=MATH)
+def turn(row_at: int, pairs: int, cosines_at: int, sines_at: int) -> None:
+    first = carray(pointer(row_at), (pairs,), np.float32)
+    second = carray(pointer(row_at + 4 * pairs), (pairs,), np.float32)
+    cosines = carray(pointer(cosines_at), (pairs,), np.float32)
+    sines = carray(pointer(sines_at), (pairs,), np.float32)
+    for i in range(pairs):
+        a, b = first[i], second[i]
+        first[i] = a * cosines[i] - b * sines[i]
+        second[i] = b * cosines[i] + a * sines[i]
+
+
+@njit(fastmath=MATH)
+def read_turned(
+    address: int, dim: int, row_at: int, scales_at: int, offsets_at: int, pairs: int,
+    cosines_at: int, sines_at: int,
+) -> None:  # fmt: skip
+    """A key from its codes, turned: :func:`read` and :func:`turn` at once."""
+    codes = carray(pointer(address), (dim,), np.uint8)
+    row = carray(pointer(row_at), (dim,), np.float32)
+    scales = carray(pointer(scales_at), (dim,), np.float32)
+    offsets = carray(pointer(offsets_at), (dim,), np.float32)
+    cosines = carray(pointer(cosines_at), (pairs,), np.float32)
+    sines = carray(pointer(sines_at), (pairs,), np.float32)
+    for i in range(pairs):
+        a = np.float32(codes[i]) * scales[i] + offsets[i]
+        b = np.float32(codes[pairs + i]) * scales[pairs + i] + offsets[pairs + i]
+        row[i] = a * cosines[i] - b * sines[i]
+        row[pairs + i] = b * cosines[i] + a * sines[i]
+    for i in range(2 * pairs, dim):
+        row[i] = np.float32(codes[i]) * scales[i] + offsets[i]
+
+
+@njit(fastmath=MATH)
+def _add_codes(address: int, dim: int, scale: Any, offset: Any, mixed_at: int) -> None:
+    codes = carray(pointer(address), (dim,), np.uint8)
+    mixed = carray(pointer(mixed_at), (dim,), np.float32)
+    for i in range(dim):
+        mixed[i] += np.float32(codes[i]) * scale + offset
+
+
+@njit
+def read_params(address: int, count: int, width: int, at: int) -> None:
+    """``count`` float16 as float32, each ``width`` times."""
+    kept = carray(pointer(address), (count,), np.uint16)
+    row = carray(pointer(at), (count * width,), np.float32)
+    for n in range(count):
+        number = _of_float16(kept[n])
+        for i in range(width):
+            row[n * width + i] = number
+
+
+@njit
+def row_size(kind: int, dim: int) -> int:
+    """Bytes of a row of numbers."""
+    return dim * (4 if kind == part.FLOAT else 2 if kind == part.HALF else 1)
 
 
 @njit(fastmath=MATH)
 def _softmax(scores: Any, length: int, most: Any, sums: Any) -> None:
-    """Scores ``[group, PIECE]`` to weights that are still to be divided by their sums."""
+    """Scores ``[group, pieces' tokens]`` to weights that are still to be divided by their sums."""
     for g in range(len(most)):
         highest = np.float32(-np.inf)
         for t in range(length):
@@ -144,51 +218,117 @@ def _softmax(scores: Any, length: int, most: Any, sums: Any) -> None:
 
 
 @njit(fastmath=MATH)
-def mix_piece(told: Any, layer: int, task: int) -> None:
-    """One piece of one key head in a layer, met by the query heads of its group."""
+def _score_piece(told: Any, layer: int, piece: int, head: int, scores: Any, memory: int) -> None:
+    """Scores of a piece's keys ``[group, tokens]``, met by the query heads of one key head."""
     pieces, kv_heads, group = told[PIECES], told[KV_HEADS], told[GROUP]
-    key_dim, value_dim = told[KEY_DIM], told[VALUE_DIM]
-    piece, head = task // kv_heads, task % kv_heads
+    dim, pairs = told[KEY_DIM], told[PAIRS]
 
     def of(field: int) -> Any:
-        return carray(pointer(told[field]), (pieces,), np.int64)[piece]
+        return carray(pointer(told[OF_PIECES + field]), (pieces,), np.int64)[piece]
 
-    half, length = of(HALF) != 0, of(LENGTHS)
-    room = max(key_dim, value_dim)
-    memory = told[MEMORY] + 4 * task * (group * PIECE + room)
-    scores = carray(pointer(memory), (group, PIECE), np.float32)
-    row = carray(pointer(memory + 4 * group * PIECE), (room,), np.float32)
-    bits = carray(pointer(memory + 4 * group * PIECE), (room,), np.uint32)
-    query = (of(WHICH_QUERY) * kv_heads + head) * group * key_dim
-    queries = carray(pointer(told[QUERIES] + 4 * query), (group, key_dim), np.float32)
-    size = 2 if half else 4
-    at = of(KEYS) + layer * of(KEY_LAYERS) + head * of(KEY_STRIDES)
-    for t in range(length):
-        _read(at + t * key_dim * size, half, key_dim, row, bits)
+    which = carray(pointer(told[WHICH_QUERY]), (pieces,), np.int64)[piece]
+    query = told[QUERIES] + 4 * (which * kv_heads + head) * group * dim
+    queries = carray(pointer(query), (group, dim), np.float32)
+    kind, step = of(part.KIND), of(part.TURN_STEP)
+    row = carray(pointer(memory), (dim,), np.float32)
+    scales, offsets = memory + 4 * dim, memory + 8 * dim
+    if kind == part.CODES:
+        at = of(part.KEY_PARAMS) + (layer * kv_heads + head) * of(part.KEY_PARAM_HEADS)
+        read_params(at, dim, 1, scales)
+        read_params(at + of(part.KEY_OFFSETS), dim, 1, offsets)
+    size = row_size(kind, dim)
+    at = of(part.KEYS) + layer * of(part.KEY_LAYERS) + head * of(part.KEY_HEADS)
+    cosines, sines = of(part.COSINES), of(part.SINES)
+    tokens = of(part.TOKENS)
+    for t in range(tokens):
+        if kind == part.CODES and cosines != 0:
+            its = (cosines + t * step, sines + t * step)
+            read_turned(at + t * size, dim, memory, scales, offsets, pairs, its[0], its[1])
+        else:
+            read(at + t * size, kind, dim, memory, scales, offsets)
         for g in range(group):
             score = np.float32(0)
-            for i in range(key_dim):
+            for i in range(dim):
                 score += queries[g, i] * row[i]
             scores[g, t] = score
-    if of(BIASES) != 0:
-        bias = carray(pointer(of(BIASES)), (length,), np.float32)
+    bias_at = carray(pointer(told[BIASES]), (pieces,), np.int64)[piece]
+    if bias_at != 0:
+        bias = carray(pointer(bias_at), (tokens,), np.float32)
         for g in range(group):
-            for t in range(length):
+            for t in range(tokens):
                 scores[g, t] += bias[t]
+
+
+@njit(fastmath=MATH)
+def _mix_values(told: Any, layer: int, piece: int, head: int, weights: Any, memory: int) -> None:
+    """A piece's values, mixed by weights ``[group, tokens]`` and added to what is mixed."""
+    pieces, group, dim = told[PIECES], told[GROUP], told[VALUE_DIM]
+
+    def of(field: int) -> Any:
+        return carray(pointer(told[OF_PIECES + field]), (pieces,), np.int64)[piece]
+
+    kind, tokens = of(part.KIND), of(part.TOKENS)
+    row = carray(pointer(memory), (dim,), np.float32)
+    task = piece * told[KV_HEADS] + head
+    mixed = carray(pointer(told[MIXED] + 4 * task * group * dim), (group, dim), np.float32)
+    size = row_size(kind, dim)
+    at = of(part.VALUES) + layer * of(part.VALUE_LAYERS) + head * of(part.VALUE_HEADS)
+    for t in range(tokens):
+        read(at + t * size, kind, dim, memory, memory, memory)
+        for g in range(group):
+            weight = weights[g, t]
+            for i in range(dim):
+                mixed[g, i] += weight * row[i]
+
+
+@njit(fastmath=MATH)
+def _mix_codes(told: Any, layer: int, piece: int, head: int, weights: Any) -> None:
+    """:func:`_mix_values` of codes: it is the weights that are multiplied by the scales."""
+    pieces, kv_heads, group, dim = told[PIECES], told[KV_HEADS], told[GROUP], told[VALUE_DIM]
+
+    def of(field: int) -> Any:
+        return carray(pointer(told[OF_PIECES + field]), (pieces,), np.int64)[piece]
+
+    tokens, groups = of(part.TOKENS), told[VALUE_GROUPS]
+    width = dim // groups
+    mixed = told[MIXED] + 4 * (piece * kv_heads + head) * group * dim
+    at = of(part.VALUES) + layer * of(part.VALUE_LAYERS) + head * of(part.VALUE_HEADS)
+    params = of(part.VALUE_PARAMS) + (layer * kv_heads + head) * of(part.VALUE_PARAM_HEADS)
+    scales = carray(pointer(params), (tokens, groups), np.uint16)
+    offsets = carray(pointer(params + of(part.VALUE_OFFSETS)), (tokens, groups), np.uint16)
+    for t in range(tokens):
+        for v in range(groups):
+            scale, offset = _of_float16(scales[t, v]), _of_float16(offsets[t, v])
+            codes = at + t * dim + v * width
+            for g in range(group):
+                weight = weights[g, t]
+                to = mixed + 4 * (g * dim + v * width)
+                _add_codes(codes, width, weight * scale, weight * offset, to)
+
+
+@njit(fastmath=MATH)
+def mix_piece(told: Any, layer: int, task: int) -> None:
+    """One piece of one key head in a layer, met by the query heads of its group."""
+    kv_heads, group, value_dim = told[KV_HEADS], told[GROUP], told[VALUE_DIM]
+    piece, head = task // kv_heads, task % kv_heads
+    room = group * part.PIECE + 3 * max(told[KEY_DIM], value_dim)
+    memory = told[MEMORY] + 4 * task * room
+    scores = carray(pointer(memory), (group, part.PIECE), np.float32)
+    memory += 4 * group * part.PIECE
+    _score_piece(told, layer, piece, head, scores, memory)
     most = carray(pointer(told[MOST] + 4 * task * group), (group,), np.float32)
     sums = carray(pointer(told[SUMS] + 4 * task * group), (group,), np.float32)
-    _softmax(scores, length, most, sums)
+    tokens = carray(pointer(told[OF_PIECES + part.TOKENS]), (told[PIECES],), np.int64)[piece]
+    _softmax(scores, tokens, most, sums)
     mixed = carray(
-        pointer(told[MIXED] + 4 * task * group * value_dim), (group, value_dim), np.float32
+        pointer(told[MIXED] + 4 * task * group * value_dim), (group * value_dim,), np.float32
     )
     mixed[:] = np.float32(0)
-    at = of(VALUES) + layer * of(VALUE_LAYERS) + head * of(VALUE_STRIDES)
-    for t in range(length):
-        _read(at + t * value_dim * size, half, value_dim, row, bits)
-        for g in range(group):
-            weight = scores[g, t]
-            for i in range(value_dim):
-                mixed[g, i] += weight * row[i]
+    kinds = carray(pointer(told[OF_PIECES + part.KIND]), (told[PIECES],), np.int64)
+    if kinds[piece] == part.CODES:
+        _mix_codes(told, layer, piece, head, scores)
+    else:
+        _mix_values(told, layer, piece, head, scores, memory)
 
 
 def attend(address: Any) -> None:
@@ -231,9 +371,22 @@ def combine(address: Any) -> None:
 _KEPT: list[Any] = []
 
 
+@cache
+def _sources() -> str:
+    """A digest of what kernels are made of. numba keeps machine code as long as the file of its
+    function is as it was, whatever becomes of what that calls."""
+    files = sorted(Path(__file__).parent.glob("*kernel.py"))
+    files.append(Path(part.__file__))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def compiled(function: Any) -> int:
     """The address of a function's machine code, made now or by an earlier process."""
     signature = types.void(types.voidptr)
+    function = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+    function.__qualname__ += f"_{_sources()}"  # which the kept file is named by
     try:
         made: Any = cfunc(signature, fastmath=MATH, cache=True)(function)
     except RuntimeError:  # there is no folder to keep it in

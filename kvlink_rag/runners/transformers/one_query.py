@@ -6,7 +6,6 @@ import ctypes
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,39 +13,31 @@ import numpy as np
 import torch
 
 from kvlink_rag.runners.transformers.model_lock import openmp
+from kvlink_rag.runners.transformers.part import (
+    FIELDS,
+    FLOAT,
+    HALF,
+    KEY_HEADS,
+    KEY_LAYERS,
+    KEYS,
+    KIND,
+    PIECE,
+    TOKENS,
+    VALUE_HEADS,
+    VALUE_LAYERS,
+    VALUES,
+    Part,
+    bytes_of,
+    value_groups,
+)
 from kvlink_rag.runners.transformers.scratch import Scratch
-
-DTYPES = (torch.float32, torch.bfloat16)
-"""Of caches that the kernel reads."""
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Keys and values that the query sees.
-
-    Args:
-        keys: of all layers, ``[layers, kv_heads, tokens, head_dim]``; ``values`` alike.
-        bias: added to the scores, ``[tokens]`` float32; None adds nothing.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor | None
-
-    @property
-    def readable(self) -> bool:
-        """Whether the kernel can read it: its number type, and rows that lie one after another."""
-        return all(
-            each.dtype in DTYPES and each.stride(3) == 1 and each.stride(2) == each.shape[3]
-            for each in (self.keys, self.values)
-        )
 
 
 class OneQuery:
-    """Attention of the token behind all others, prepared for all layers.
+    """Attention of the token behind all others, prepared for layers that share frequencies.
 
     Args:
-        parts: spans that it sees, in the order of the queries that meet them.
+        parts: what it sees, in the order of the queries that meet them; codes meet the last one.
         own: tokens that the prompt adds, up to the new one.
         own_bias: added to their scores, ``[own]`` float32.
         scratch: to compute in; its owner's lock is held.
@@ -59,31 +50,19 @@ class OneQuery:
         own_bias: torch.Tensor | None,
         scratch: Scratch,
     ) -> None:
-        from kvlink_rag.runners.transformers.kernel import PIECE
-
-        self.parts, self._piece, self._scratch = parts, PIECE, scratch
-        self._own_bias, self._own = own_bias, own
-        rows = [
-            (
-                number,
-                address(part.keys, start, 2), address(part.values, start, 2),
-                bytes_of(part.keys, 1), bytes_of(part.values, 1),
-                int(part.keys.dtype == torch.bfloat16), min(PIECE, part.keys.shape[2] - start),
-                0 if part.bias is None else address(part.bias, start, 0),
-                bytes_of(part.keys, 0), bytes_of(part.values, 0),
-            )
-            for number, part in enumerate(parts)
-            for start in range(0, part.keys.shape[2], PIECE)
-        ]  # fmt: skip
-        rows += [
-            (
-                len(parts), 0, 0, 0, 0, 0, min(PIECE, own - start),
-                0 if own_bias is None else address(own_bias, start, 0), 0, 0,
-            )
-            for start in range(0, own, PIECE)
-        ]  # fmt: skip
-        self._table = np.array(rows, dtype=np.int64).T.copy()  # a row a field
-        self._of_spans = sum(row[0] < len(parts) for row in rows)
+        self.parts, self._scratch = parts, scratch
+        self._own_bias, self._starts = own_bias, np.arange(0, own, PIECE)
+        mine = np.zeros((FIELDS, len(self._starts)), dtype=np.int64)
+        mine[TOKENS] = np.minimum(PIECE, own - self._starts)
+        self._table = np.concatenate([*(part.table for part in parts), mine], 1)
+        self._of_spans = self._table.shape[1] - len(self._starts)
+        counts = [part.table.shape[1] for part in parts]
+        met = [number if p.params is None else len(parts) for number, p in enumerate(parts)]
+        self._which = np.repeat([*met, len(parts)], [*counts, len(self._starts)])
+        biases = [*((part.bias, part.keys.shape[2]) for part in parts), (own_bias, own)]
+        self._biases = np.concatenate([_addresses(*each) for each in biases])
+        turns = next((part.turns for part in parts if part.turns is not None), None)
+        self._pairs = 0 if turns is None else turns[0].shape[1]
 
     def attend(
         self,
@@ -141,36 +120,35 @@ class OneQuery:
             for name, size in zip(("memory", "most", "sums", "mixed"), sizes, strict=True)
         ]
         told = np.zeros(k.FIELDS, dtype=np.int64)
-        told[k.PIECES : k.QUERIES + 1] = (
-            pieces, kv_heads, group, key_dim, value_dim, queries.data_ptr()
+        told[k.PIECES : k.OF_PIECES] = (
+            pieces, kv_heads, group, key_dim, value_dim, self._pairs, value_groups(self.parts),
+            queries.data_ptr(), self._which.ctypes.data, self._biases.ctypes.data,
+            *(each.data_ptr() for each in memory), out.data_ptr(),
         )  # fmt: skip
-        told[k.WHICH_QUERY : k.MEMORY] = [field.ctypes.data for field in table]
-        told[k.MEMORY : k.FIELDS] = [*(each.data_ptr() for each in memory), out.data_ptr()]
+        told[k.OF_PIECES :] = [field.ctypes.data for field in table]
         return told
 
     def _place_own(self, table: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Where the prompt's own tokens are, which is another place after growing."""
-        starts = np.arange(0, self._own, self._piece)
-        for field, each in ((1, keys), (2, values)):
-            table[field] = each.data_ptr() + starts * bytes_of(each, 2)
-            table[field + 2] = bytes_of(each, 1)
-            table[field + 7] = bytes_of(each, 0) if len(each) > 1 else 0
-        table[5] = keys.dtype == torch.bfloat16
+        for at, heads, layers, each in (
+            (KEYS, KEY_HEADS, KEY_LAYERS, keys),
+            (VALUES, VALUE_HEADS, VALUE_LAYERS, values),
+        ):
+            table[at] = each.data_ptr() + self._starts * bytes_of(each, 2)
+            table[heads] = bytes_of(each, 1)
+            table[layers] = bytes_of(each, 0) if len(each) > 1 else 0
+        table[KIND] = HALF if keys.dtype == torch.bfloat16 else FLOAT
+
+
+def _addresses(bias: torch.Tensor | None, tokens: int) -> Any:
+    """Of what is added to the scores of each piece; 0 where nothing is."""
+    starts = np.arange(0, tokens, PIECE)
+    return starts * 0 if bias is None else bias.data_ptr() + starts * bias.element_size()
 
 
 def available() -> bool:
     """Whether the kernel can run here: torch computes with GCC's OpenMP, and numba is there."""
     return openmp() is not None and _code() is not None
-
-
-def address(tensor: torch.Tensor, place: int, dim: int) -> int:
-    """Of what stands at an index of a dimension, and first in the others."""
-    return tensor.data_ptr() + place * bytes_of(tensor, dim)
-
-
-def bytes_of(tensor: torch.Tensor, dim: int) -> int:
-    """From one index of a dimension to the next."""
-    return tensor.stride(dim) * tensor.element_size()
 
 
 @cache

@@ -12,7 +12,7 @@ from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.errors import InputError, UnsupportedModelError
 from kvlink_rag.prompt.segments import Strategy
 from kvlink_rag.runners.base import Abilities, Encoded, Job, ModelRunner
-from kvlink_rag.runners.transformers import placement, step
+from kvlink_rag.runners.transformers import part, placement, step
 from kvlink_rag.runners.transformers.architecture import Architecture, inspect_model
 from kvlink_rag.runners.transformers.context import ContextCache
 from kvlink_rag.runners.transformers.encode import Encoder
@@ -156,7 +156,7 @@ class TransformersRunner:
         return Abilities(
             frozenset(strategies),
             together=frozenset(in_place & strategies),
-            codecs=placement.CODECS if codes else frozenset(),
+            codecs=part.CODECS if codes else frozenset(),
         )
 
     def check_unchanged(self) -> None:

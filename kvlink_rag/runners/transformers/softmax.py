@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from kvlink_rag.runners.transformers import one_query
+from kvlink_rag.runners.transformers.part import DTYPES
 from kvlink_rag.runners.transformers.scratch import Scratch
 
 
 def available(dtype: torch.dtype) -> bool:
     """Whether the kernel can run here, on numbers of this type."""
-    return dtype in one_query.DTYPES and one_query.available()
+    return dtype in DTYPES and one_query.available()
 
 
 def softmax_seen(

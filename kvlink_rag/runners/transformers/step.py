@@ -17,7 +17,7 @@ from kvlink_rag.rope import RopeGroup
 from kvlink_rag.runners.transformers import one_query
 from kvlink_rag.runners.transformers.architecture import Architecture
 from kvlink_rag.runners.transformers.context import new_cache
-from kvlink_rag.runners.transformers.in_place import LinkedContext
+from kvlink_rag.runners.transformers.in_place import Kind, LinkedContext
 from kvlink_rag.runners.transformers.model_lock import openmp
 from kvlink_rag.runners.transformers.one_query import OneQuery
 from kvlink_rag.runners.transformers.scratch import Scratch
@@ -128,14 +128,14 @@ class _Attention:
         self._context, self._heads = context, heads
         self._kept: list[Any] = [cos, sin]  # what the addresses belong to
         self.mixed = context.scratch.tensor("step mixed", (heads, a.value_dim), torch.float32)
-        self._told = {window: self._of(one, window) for window, one in context.one.items()}
+        self._told = {kind: self._of(one, kind) for kind, one in context.one.items()}
 
-    def _of(self, one: OneQuery, window: int | None) -> int:
-        """The address of what attention is told in layers with this window."""
+    def _of(self, one: OneQuery, kind: Kind) -> int:
+        """The address of what attention is told in layers of a kind."""
         a, own = self._context.architecture, self._context.own
         count = len(self._context.positions)
         shape = (len(one.parts) + 1, a.kv_heads, self._heads // a.kv_heads, a.head_dim)
-        queries = self._context.scratch.tensor(f"step queries {window}", shape, torch.float32)
+        queries = self._context.scratch.tensor(f"step queries {kind}", shape, torch.float32)
         keys, values = (each[:, 0, :, :count] for each in (own.key_buffer, own.value_buffer))
         told = one.told(queries, keys, values, self.mixed)
         self._kept += [told, queries]
@@ -155,8 +155,8 @@ class _Attention:
             table[:-1, at] = room.data_ptr() + place * token + np.arange(a.layers) * layer
             table[:-1, each] = head
         table[:-1, k.HALF_ROOM] = own.key_buffer.dtype == torch.bfloat16
-        table[:-1, k.ATTENTION] = [self._told[window] for window in a.windows]
-        table[:-1, k.PARTS] = [len(context.one[window].parts) for window in a.windows]
+        table[:-1, k.ATTENTION] = [self._told[kind] for kind in context.kinds]
+        table[:-1, k.PARTS] = [len(context.one[kind].parts) for kind in context.kinds]
         for group in a.groups:
             if group.inv_freq is not None:
                 self._tell_turns(table, group)

@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 
 from kvlink_rag.errors import UnsupportedModelError
-from kvlink_rag.runners.transformers.one_query import DTYPES
+from kvlink_rag.runners.transformers.part import DTYPES
 
 MAKES = frozenset(
     {
