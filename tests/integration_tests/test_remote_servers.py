@@ -219,7 +219,7 @@ def check_fault_and_recovery(
     assert "computed meanwhile" in texts[0]
     mended()
     assert store.flush(PATIENCE_S)
-    assert all(store.remote.has(key) for key in engine.keys(CHUNKS))
+    assert all(store.remote.has(key) for key in engine.with_store(store).keys(CHUNKS))
     assert asked(engine) == expected
     store.close()
 
@@ -329,7 +329,7 @@ def test_uploads_of_a_killed_process(tmp_path: Path, expected: dict[str, Any]) -
     with servers.redis_server(tmp_path, port):
         store = open_tier(tmp_path / "kv", RedisRemote(url))
         assert store.flush(PATIENCE_S)
-        assert all(store.remote.has(key) for key in engine.keys(CHUNKS))
+        assert all(store.remote.has(key) for key in engine.with_store(store).keys(CHUNKS))
         store.close()
 
 
