@@ -69,6 +69,11 @@ def as_chunks(chunks: Iterable[str | Chunk]) -> list[Chunk]:
             )
         if not isinstance(chunk.text, str):
             raise InputError(f"chunk {place}: text is a {type(chunk.text).__name__}, not a str")
+        for name in ("title", "id"):
+            value = getattr(chunk, name)
+            if value is not None and not isinstance(value, str):
+                kind = type(value).__name__
+                raise InputError(f"chunk {place}: {name} {value!r} is a {kind}, not a str or None")
         if not chunk.text.strip():
             raise InputError(f"chunk {place} (id {chunk.id!r}) has no text: leave empty chunks out")
         result.append(chunk)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import threading
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
+from kvlink_rag.common.numbers import real
 from kvlink_rag.errors import InputError
 
 SEED = 0
@@ -80,9 +82,10 @@ def check_rate(rate: float) -> float:
     Raises:
         InputError: it is out of range.
     """
-    if not 0 <= rate <= 1:
+    share = real("fidelity_rate", rate)
+    if not 0 <= share <= 1:
         raise InputError(f"fidelity_rate must be in 0 ... 1, not {rate}")
-    return rate
+    return share
 
 
 def check_tokens(tokens: int) -> int:
@@ -102,9 +105,10 @@ def check_limit(limit: float | None) -> float | None:
     Raises:
         InputError: it is out of range.
     """
-    if limit is not None and not limit >= 0:
+    number = isinstance(limit, Real) and not isinstance(limit, bool)
+    if limit is not None and not (number and limit >= 0):  # infinity, too
         raise InputError(
-            f"fidelity_limit must be 0 or more (nats), or None for no limit, not {limit}"
+            f"fidelity_limit must be 0 or more (nats), or None for no limit, not {limit!r}"
         )
     return limit
 

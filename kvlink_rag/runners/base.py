@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvlink_rag.adapters.adapter import Adapter
 from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.common.numbers import real, whole
 from kvlink_rag.errors import InputError
 from kvlink_rag.prompt.segments import Prompt, RecomputeBy, Segment, Strategy
 
@@ -57,7 +58,7 @@ class GenerateSettings:
         seed: makes sampling repeatable; None draws a new one.
 
     Raises:
-        InputError: naming the value out of range.
+        InputError: naming the value that is out of range, or of another type.
     """
 
     max_new_tokens: int = 64
@@ -67,12 +68,24 @@ class GenerateSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        coerced: dict[str, Any] = {
+            "max_new_tokens": whole("max_new_tokens", self.max_new_tokens),
+            "temperature": real("temperature", self.temperature),
+            "top_p": real("top_p", self.top_p),
+            "seed": None if self.seed is None else whole("seed", self.seed),
+        }
+        for name, value in coerced.items():
+            object.__setattr__(self, name, value)  # it is frozen
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.temperature < 0:
             raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed must be an integer of 64 bits, not {self.seed}")
+        if not isinstance(self.stop, Sequence) or not all(isinstance(s, str) for s in self.stops):
+            raise InputError(f"stop must be a string or a list of strings, not {self.stop!r}")
         if "" in self.stops:
             raise InputError("a stop string must not be empty")
 

@@ -76,6 +76,8 @@ def test_texts_become_chunks() -> None:
         ([1], "chunk 0 is a int"),
         (["a", " \n"], "chunk 1 .* has no text"),
         ([Chunk(b"bytes")], "text is a bytes"),  # type: ignore[arg-type]
+        (["a", Chunk("b", title=5)], "chunk 1: title 5 is a int, not a str"),  # type: ignore[arg-type]
+        ([Chunk("b", id=7)], "chunk 0: id 7 is a int, not a str"),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_no_chunk_is_refused(chunks: object, message: str) -> None:

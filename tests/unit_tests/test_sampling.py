@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -85,11 +86,30 @@ def test_greedy_takes_the_best_and_sampling_follows_the_seed():
         ({"top_p": 0.0}, "0.0"),
         ({"top_p": 1.5}, "1.5"),
         ({"stop": ["a", ""]}, "empty"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer, not 1.5"),
+        ({"max_new_tokens": True}, "not True"),
+        ({"max_new_tokens": "4"}, "not '4'"),
+        ({"temperature": float("nan")}, "temperature must be a finite number, not nan"),
+        ({"temperature": float("inf")}, "not inf"),
+        ({"temperature": "hot"}, "'hot'"),
+        ({"top_p": float("nan")}, "top_p must be a finite number"),
+        ({"top_p": None}, "None"),
+        ({"seed": 1.0}, "seed must be an integer, not 1.0"),
+        ({"seed": 2**64}, "64 bits, not 18446744073709551616"),
+        ({"stop": ["a", 5]}, r"strings, not \['a', 5\]"),
+        ({"stop": 5}, "stop must be a string or a list of strings, not 5"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, value):
     with pytest.raises(InputError, match=value):
         GenerateSettings(**settings)
+
+
+def test_numbers_that_mean_the_same_are_taken():
+    given = GenerateSettings(np.int64(3), 1, np.float32(0.5), (), np.int32(7))
+    assert given == GenerateSettings(3, 1.0, 0.5, (), 7)
+    assert [type(each) for each in (given.temperature, given.seed)] == [float, int]
+    assert tiny.engine().answer("Why?", ["Because."], temperature=1, max_new_tokens=2).token_ids
 
 
 def test_stop_ids_come_from_the_generation_config_then_the_tokenizer():
