@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvlink_rag.common.text import valid
 from kvlink_rag.errors import InputError
 from kvlink_rag.rope import RopeGroup
 
@@ -56,7 +57,8 @@ def as_chunks(chunks: Iterable[str | Chunk]) -> list[Chunk]:
     """Strings and chunks as a list of chunks.
 
     Raises:
-        InputError: a single string instead of a list, an item of another type, or an empty text.
+        InputError: a single string instead of a list, an item of another type, an empty text, or an
+            id that is no valid Unicode. In texts U+FFFD stands for what is none.
     """
     if isinstance(chunks, (str, Chunk)):
         raise InputError("chunks must be a list of texts, not one text: pass [text]")
@@ -76,8 +78,22 @@ def as_chunks(chunks: Iterable[str | Chunk]) -> list[Chunk]:
                 raise InputError(f"chunk {place}: {name} {value!r} is a {kind}, not a str or None")
         if not chunk.text.strip():
             raise InputError(f"chunk {place} (id {chunk.id!r}) has no text: leave empty chunks out")
-        result.append(chunk)
+        result.append(_valid(chunk, place))
     return result
+
+
+def _valid(chunk: Chunk, place: int) -> Chunk:
+    """A chunk whose texts can be tokenised and stored, the same everywhere.
+
+    Raises:
+        InputError: its id cannot.
+    """
+    if chunk.id is not None and valid(chunk.id) != chunk.id:  # another one would be another's
+        raise InputError(f"chunk {place}: id {chunk.id!r} is no valid Unicode: give it another")
+    title = None if chunk.title is None else valid(chunk.title)
+    text = valid(chunk.text)
+    same = text is chunk.text and title is chunk.title
+    return chunk if same else replace(chunk, text=text, title=title)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,3 +22,13 @@ def printable(text: str) -> str:
         else each
         for each in text
     )
+
+
+def valid(text: str) -> str:
+    """A text that can be tokenised and stored: surrogates that belong together as one character,
+    and what stands for none, such as half of one, as U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -157,8 +157,8 @@ class KVIndex:
             StoreError: the folder cannot be written to. Batches before are kept.
         """
         listed = as_chunks(chunks)
-        for chunk in listed:
-            _check_chunk(chunk)
+        for chunk in listed:  # refused now, not after the work of encoding
+            sql.metadata_json(chunk)
         # the last of those with one id counts, as if they were added one by one
         distinct = list({chunk.document_id: chunk for chunk in listed}.values())
         if len(distinct) > BATCH:
@@ -299,20 +299,33 @@ class KVIndex:
             if replaced:  # killed before the rows are committed, their new caches are released
                 with self.catalog.writing() as tx:
                     sql.plan_release(tx, replaced, self.engine.keys(known[id] for id in replaced))
+            vectors = self._vectors(fresh) if fresh else None  # what others compute may fail
             # caches before rows: a row always had its cache; of a killed add only caches are left
-            self.engine.index(batch, progress=progress)
-            keep = self.engine.keys(fresh) if replaced else []
-            vectors = self._vectors(fresh) if fresh else None
-            moved = [chunk for chunk in same if _moved(chunk, known[chunk.document_id])]
-            if not fresh and not moved:
-                return
-            with self.catalog.writing() as tx:
-                sql.update_metadata(tx, moved)
-                if vectors is not None:
-                    sql.add_rows(tx, fresh, vectors)
-                    sql.write_meta(tx, self._identity(vectors.shape[1]))
-                sql.plan_release(tx, replaced, keep)
+            new = [chunk.document_id for chunk in fresh if chunk.document_id not in known]
+            with self._undone(new):
+                self.engine.index(batch, progress=progress)
+                keep = self.engine.keys(fresh) if replaced else []
+                moved = [chunk for chunk in same if _moved(chunk, known[chunk.document_id])]
+                if not fresh and not moved:
+                    return
+                with self.catalog.writing() as tx:
+                    sql.update_metadata(tx, moved)
+                    if vectors is not None:
+                        sql.add_rows(tx, fresh, vectors)
+                        sql.write_meta(tx, self._identity(vectors.shape[1]))
+                    sql.plan_release(tx, replaced, keep)
             self.catalog.finish_releases(self.store)
+
+    @contextlib.contextmanager
+    def _undone(self, new: Sequence[str]) -> Iterator[None]:
+        """Leave no caches of documents that do not come to be."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(StoreError):  # the first error counts; prune finds the rest
+                self.store.release(new)
+                self.catalog.finish_releases(self.store)  # of those that were to replace others
+            raise
 
     def _identity(self, dim: int) -> dict[str, str]:
         return {
@@ -338,23 +351,6 @@ class KVIndex:
             with self.catalog.reading() as tx:
                 self._table.sync(tx, sql.generation_of(tx), dim)
             self._table.save()
-
-
-def _check_chunk(chunk: Chunk) -> None:
-    """Refuse now what could not be committed after the work of encoding."""
-    sql.metadata_json(chunk)
-    for name, text in (("id", chunk.id), ("title", chunk.title), ("text", chunk.text)):
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise InputError(f"chunk {chunk.id!r}: {name} is a {type(text).__name__}, not a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"chunk {chunk.id!r}: {name} is no valid Unicode ({error.reason}): "
-                "decode its source with errors='replace'"
-            ) from error
 
 
 def _check_embeddings(catalog: IndexCatalog, embeddings: Embeddings) -> None:

@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kvlink_rag.chunk import Chunk
+from kvlink_rag.common.text import valid
 from kvlink_rag.errors import InputError
 from kvlink_rag.prompt.conversation import (
     CHUNKS,
@@ -238,7 +239,7 @@ class PromptLayout:
 
     def encode_text(self, text: str) -> list[int]:
         """Tokenise user text so that it stays text, whatever control strings it contains."""
-        text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be tokenised
+        text = valid(text)
         ids = self._encode(text, split_special_tokens=True)
         if self._control_pattern and not self._control_ids.isdisjoint(ids):
             # Added tokens that are not flagged special (tool or thinking marks) are matched even

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvlink_rag.chunk import Chunk, ChunkKV, as_chunks, chunk_key
+from kvlink_rag.chunk import Chunk, ChunkKV, ScoredChunk, as_chunks, chunk_key
 from kvlink_rag.errors import InputError
 
 
@@ -68,6 +68,13 @@ def test_texts_become_chunks() -> None:
     assert as_chunks(iter(["a"])) == [Chunk("a")]
 
 
+def test_what_is_no_unicode_is_the_same_everywhere() -> None:
+    (found,) = as_chunks([ScoredChunk("a \ud800 b \ud83d\ude00", "1", "\udfff", score=0.5)])
+    assert found == ScoredChunk("a \ufffd b \N{GRINNING FACE}", "1", "\ufffd", score=0.5)
+    same = Chunk("湖", title="Zürich")
+    assert as_chunks([same])[0] is same
+
+
 @pytest.mark.parametrize(
     ("chunks", "message"),
     [
@@ -77,6 +84,7 @@ def test_texts_become_chunks() -> None:
         (["a", " \n"], "chunk 1 .* has no text"),
         ([Chunk(b"bytes")], "text is a bytes"),  # type: ignore[arg-type]
         (["a", Chunk("b", title=5)], "chunk 1: title 5 is a int, not a str"),  # type: ignore[arg-type]
+        (["a", Chunk("b", id="\ud800")], r"chunk 1: id '\\ud800' is no valid Unicode"),
         ([Chunk("b", id=7)], "chunk 0: id 7 is a int, not a str"),  # type: ignore[arg-type]
     ],
 )

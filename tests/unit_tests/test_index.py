@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import re
@@ -282,9 +283,7 @@ class TestInput:
             Chunk("a", metadata={"when": object()}),
             Chunk("a", metadata={"source": 3}),
             Chunk("a", metadata={"x": "\ud800"}),
-            Chunk("\ud800"),
             Chunk("a", id="\ud800"),
-            Chunk("a", title="\ud800"),
             Chunk("a", id=cast(str, 3)),
             Chunk("a", title=cast(str, 3)),
             Chunk(""),
@@ -297,13 +296,59 @@ class TestInput:
         assert len(index) == 0
         assert index.stat().caches.entries == 0
 
+    def test_what_is_no_unicode_is_kept_as_the_engine_reads_it(self, index: KVIndex) -> None:
+        (id,) = index.add([Chunk("cats \ud800", title="\ud83d\ude00")], progress=False)
+        (kept,) = index.get([id])
+        assert (kept.text, kept.title) == ("cats \ufffd", "\N{GRINNING FACE}")
+        index.add([Chunk("cats \ud800", title="\ud83d\ude00")], progress=False)
+        assert len(index) == 1
+
+    @pytest.mark.parametrize("what", ["embeddings", "vectors", "store", "commit"])
+    def test_of_an_add_that_fails_nothing_is_left(
+        self, what: str, open_index: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        working = FakeEmbeddings()
+        broken = {"embeddings": False, "vectors": False}
+
+        def embeddings(texts: Sequence[str]) -> np.ndarray:
+            if broken["embeddings"]:
+                raise RuntimeError("no embeddings today")
+            return working(texts) * (np.nan if broken["vectors"] else 1)
+
+        index = open_index(embeddings=embeddings)
+        index.add([Chunk("cats sleep", id="1"), Chunk("dogs bark", id="2")], progress=False)
+        before = sorted(index.store.references())
+        many = [Chunk(f"bees {n}", id=str(n)) for n in range(2, 12)]  # 2 is another text now
+        with monkeypatch.context() as patch:
+            if what == "store":
+                put, done = index.store.put, []
+
+                def full(record: Any, documents: Any = ()) -> None:
+                    if len(done) == 5:
+                        raise StoreError("the disk is full")
+                    done.append(record)
+                    put(record, documents)
+
+                patch.setattr(index.store, "put", full)
+            if what == "commit":
+                patch.setattr("kvlink_rag.index.index.sql.add_rows", lambda *_: 1 / 0)
+            broken |= {what: True}
+            with pytest.raises((RuntimeError, InputError, StoreError, ZeroDivisionError)):
+                index.add(many, progress=False)
+        broken |= {what: False}
+        assert sorted(index.store.references()) == before
+        assert index.stat().caches.entries == 2
+        assert [chunk.text for chunk in index.get(["1", "2"])] == ["cats sleep", "dogs bark"]
+        index.add(many, progress=False)
+        assert len(index) == 11
+        assert index.stat().caches.entries == 11
+
     def test_bad_vectors_add_no_rows(self, open_index: Open) -> None:
         index = open_index(embeddings=lambda texts: np.full((len(texts), 3), np.nan))
         with pytest.raises(InputError, match=r"lambda.*NaN"):
             index.add(["cats"], progress=False)
         assert len(index) == 0
-        assert len(index.verify().unreferenced) == 1  # its cache, which nothing refers to
-        index.prune()
+        assert index.verify().unreferenced == []
         assert index.stat().caches.entries == 0
 
     def test_one_id_is_no_list(self, index: KVIndex) -> None:
@@ -435,7 +480,8 @@ class TestMaintenance:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(index, "_vectors", killed)
+            patch.setattr("kvlink_rag.index.index.sql.add_rows", killed)
+            patch.setattr(index, "_undone", lambda _: contextlib.nullcontext())
             with pytest.raises(KeyboardInterrupt):
                 index.add([Chunk("birds", id="1")], progress=False)
         assert index.get(["1"])[0].text == "cats"

@@ -80,7 +80,8 @@ def test_special_tokens_in_user_text_stay_text(hostile):
 def test_non_ascii_and_broken_text():
     layout = PromptLayout(TOKENIZER)
     assert text(layout.encode_text("Zürich 湖 🙂 \u0000")) == "Zürich 湖 🙂 \u0000"
-    assert text(layout.encode_text("a\ud800b")) == "a?b"  # a lone surrogate is no text
+    assert text(layout.encode_text("a\ud800b")) == "a\ufffdb"  # a lone surrogate is no text
+    assert text(layout.encode_text("a\ud83d\ude00b")) == "a\N{GRINNING FACE}b"  # two are one
     assert layout.encode_text("") == []
 
 
