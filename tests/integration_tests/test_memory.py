@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,49 @@ def test_caches_are_held_once(
     times, misses = measured(indexed, how, in_float32)
     assert misses == [0] * questions
     assert 0.9 < times <= most
+
+
+READER = """
+import gc, json, sys
+from pathlib import Path
+import torch
+from kvlink_rag.chunk import ChunkKV
+from kvlink_rag.rope import RopeGroup
+from kvlink_rag.store import FolderStore
+
+def resident():
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+folder, codec, reads = json.loads(sys.stdin.read())
+store = FolderStore(folder, codec)
+keys = torch.ones(2, 2, 40, 16)
+rope = (RopeGroup(slice(0, 2), torch.ones(8)),)
+record = ChunkKV(tuple(range(40)), (), "model", keys, keys, rope)
+store.put(record)
+key = record.key_as(codec)
+assert store.get(key) is not None
+marks = [resident()]
+for _ in range(5):
+    for _ in range(reads):
+        store.get(key)
+    marks.append(resident())
+print(json.dumps(marks))
+"""
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_reading_a_cache_leaves_nothing_in_memory(codec: str, tmp_path: Path) -> None:
+    """Over as many reads as 1,500 answers of ten chunks make. Tables grow by leaps; what is lost in
+    reading, in each part alike."""
+    reads = 3000
+    found = subprocess.run(
+        [sys.executable, "-c", READER],
+        input=json.dumps([str(tmp_path), codec, reads]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    marks = json.loads(found.stdout)
+    grown = [(after - before) / reads for before, after in pairwise(marks)]
+    assert min(grown) < 20, f"bytes a read: {grown}"

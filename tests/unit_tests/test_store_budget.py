@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from kvlink_rag.store import (
     RemoteTier,
     open_store,
 )
+from kvlink_rag.store import record as record_module
 from kvlink_rag.store.folder.catalog import BASE
 
 pytestmark = pytest.mark.usefixtures("raw_folders")
@@ -141,15 +143,15 @@ def test_another_process_eviction_leaves_the_mapping(three: FolderStore) -> None
 def test_evicted_while_it_is_being_opened(
     three: FolderStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is opened twice, by safetensors and by torch; another process may come between."""
-    record, opened = make_record(0), torch.UntypedStorage.from_file
+    """The file is opened twice, and another process may come between."""
+    record, opened = make_record(0), record_module._views
     three.put(record)
 
     def evict_and_open(*arguments: Any, **options: Any) -> Any:
         three.path_of(record.key).unlink()
         return opened(*arguments, **options)
 
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", evict_and_open)
+    monkeypatch.setattr(record_module, "_views", evict_and_open)
     assert three.get(record.key) is None  # and no warning: it is not there
     monkeypatch.undo()
     three.put(record)
@@ -161,9 +163,9 @@ def test_no_memory_to_map_a_file(three: FolderStore, monkeypatch: pytest.MonkeyP
     three.put(record)
 
     def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("unable to mmap 96 bytes from file: Cannot allocate memory (12)")
+        raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", fail)
+    monkeypatch.setattr(mmap, "mmap", fail)
     with pytest.warns(KVLinkWarning, match="cannot read .*Cannot allocate memory"):
         assert three.get(record.key) is None
     monkeypatch.undo()
