@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import tiny
 import torch
 import transformers as hf
 
-from kvlink_rag import KVLinkEngine, UnsupportedModelError
+from kvlink_rag import InputError, KVLinkEngine, UnsupportedModelError
 from kvlink_rag.runners.transformers.architecture import fingerprint, inspect_model
 
 SMALL = {k: v for k, v in tiny.SIZES.items() if k != "initializer_range"}
@@ -104,6 +105,58 @@ def test_learned_positions_beside_rope_are_found_by_measurement():
     model.model.layers[0].register_forward_pre_hook(add_positions, with_kwargs=True)
     with pytest.raises(UnsupportedModelError, match="layer 0"):
         inspect_model(model, "rope and learned")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("llama", {"is_causal": False}), ("gemma3", {"use_bidirectional_attention": True})],
+)
+def test_tokens_that_see_what_stands_behind_them_are_found_by_measurement(name, change, dtype):
+    config = copy.deepcopy(tiny.model(name).config)
+    config.update(change)
+    model = hf.AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    with pytest.raises(UnsupportedModelError, match="depend on the tokens behind it"):
+        inspect_model(model, name)
+
+
+def test_weights_whose_package_is_missing_are_named(tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "hqq", "quant_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"cannot be loaded here: .*(?i:hqq)") as error:
+        KVLinkEngine.from_pretrained(str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_activations_that_are_quantised_together_are_refused():
+    model = torch.ao.quantization.quantize_dynamic(
+        copy.deepcopy(tiny.model("llama")), {torch.nn.Linear}, torch.qint8
+    )
+    with pytest.raises(UnsupportedModelError, match="quantised by what runs together"):
+        inspect_model(model, "dynamic")
+
+
+def test_a_compiled_model_is_refused_with_its_name():
+    model = torch.compile(copy.deepcopy(tiny.model("llama")))
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is compiled"):
+        KVLinkEngine.from_pretrained((model, tiny.tokenizer()))
+
+
+def test_a_model_that_cannot_be_moved_is_named(monkeypatch):
+    model = copy.deepcopy(tiny.model("llama"))
+
+    def offloaded(*_):
+        raise RuntimeError("You can't move a model that has some modules offloaded to disk.")
+
+    monkeypatch.setattr(model, "to", offloaded)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM .*'bfloat16'.*offloaded to disk"):
+        KVLinkEngine.from_pretrained((model, tiny.tokenizer()), dtype="bfloat16")
+    with pytest.raises(InputError, match="dtype 'int8' is no float type"):
+        KVLinkEngine.from_pretrained((model, tiny.tokenizer()), dtype="int8")
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)

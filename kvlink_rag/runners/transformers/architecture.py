@@ -8,7 +8,7 @@ the engine is made, never served wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 MASKABLE = frozenset({"sdpa", "eager"})
 """Attention implementations of transformers that take an additive 4-D mask."""
+
+DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.nn.quantized.dynamic")
+"""Where torch has modules that quantise what they are given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +121,12 @@ def _refuse_by_structure(model: PreTrainedModel, name: str) -> None:
             name,
             f"{kind} has recurrent or linear-attention layers, whose state cannot be cut by chunk",
         )
+    if any(type(module).__module__.startswith(DYNAMIC) for module in model.modules()):
+        raise _refuse(
+            name,
+            "its activations are quantised by what runs together (torch's dynamic quantisation), "
+            "so a chunk's keys depend on its company",
+        )
     if getattr(config, "kv_lora_rank", None):
         raise _refuse(name, f"{kind} compresses its keys (multi-head latent attention)")
     rotary = _frequencies(model)
@@ -191,9 +200,10 @@ def _probe(
     limit = int(getattr(config, "max_position_embeddings", None) or 2048)
     distance = max(min(limit - 16, 997), 1)
     near, far = (_probe_cache(model, name, start) for start in (0, distance))
+    _check_causal(near, _probe_cache(model, name, 0, tokens=4), name, model.dtype)
     frequencies = _frequencies(model)
     found: list[torch.Tensor | None] = []
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    tolerance = _tolerance(model.dtype)
     for layer, ((keys, values), (far_keys, far_values)) in enumerate(zip(near, far, strict=True)):
         positions = torch.full((keys.shape[2],), distance, device=keys.device)
         candidates: list[torch.Tensor | None] = [None, *frequencies]
@@ -217,12 +227,38 @@ def _probe(
     return found, *near[0]
 
 
+def _tolerance(dtype: torch.dtype) -> float:
+    """Of relative differences."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+
+
+def _check_causal(
+    whole: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    beginning: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    name: str,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse a model in which tokens see what stands behind them.
+
+    Args:
+        whole: keys and values of a text; ``beginning``: of its first tokens alone.
+    """
+    for layer, (pair, begun) in enumerate(zip(whole, beginning, strict=True)):
+        for many, few in zip(pair, begun, strict=True):
+            if _difference(many[:, :, : few.shape[2]], few) > _tolerance(dtype):
+                raise _refuse(
+                    name,
+                    f"a token's keys in layer {layer} depend on the tokens behind it: its "
+                    "attention is not causal",
+                )
+
+
 def _probe_cache(
-    model: PreTrainedModel, name: str, start: int
+    model: PreTrainedModel, name: str, start: int, **tokens: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """:func:`probe_cache`, or a refusal."""
     try:
-        return probe_cache(model, start)
+        return probe_cache(model, start, **tokens)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise _refuse(
             name, f"its forward pass does not take a cache and positions ({error})"

@@ -177,14 +177,16 @@ def _rounded(tensor: torch.Tensor) -> list[int]:
 
 
 @torch.inference_mode()
-def probe_cache(model: PreTrainedModel, start: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer the keys and values of a few fixed tokens that stand at ``start``.
+def probe_cache(
+    model: PreTrainedModel, start: int, tokens: int = 7
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer the keys and values of a few fixed tokens, the first of them at ``start``.
 
     Raises:
         what the model raises; ValueError where it keeps no keys and values of some layer.
     """
     vocabulary: int = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
-    token_ids = torch.arange(7, device=model.device)[None] * 31 % vocabulary
+    token_ids = torch.arange(tokens, device=model.device)[None] * 31 % vocabulary
     cache = DynamicCache()
     positions = torch.arange(start, start + token_ids.shape[1], device=model.device)[None]
     model.get_decoder()(

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kvlink_rag.common.text import one_line
 from kvlink_rag.errors import InputError, UnsupportedModelError
 from kvlink_rag.runners.transformers.models import load_gguf, not_found, resolve
 from kvlink_rag.runners.transformers.number_type import to_fastest
@@ -51,12 +52,30 @@ def _in_memory(
     device: str | torch.device,
     dtype: str | torch.dtype,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The user's own objects; `auto` leaves them where and as they are."""
+    """The user's own objects; `auto` leaves them where and as they are.
+
+    Raises:
+        UnsupportedModelError: it is compiled.
+        InputError: it cannot be moved, or given another type.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            f"{type(model._orig_mod).__name__} is compiled (torch.compile), and runs as it was "
+            "traced: give the model that was compiled"
+        )
     module: torch.nn.Module = model
-    if device != "auto":
-        module.to(_device(device))
-    if dtype != "auto":
-        module.to(_dtype(dtype))
+    try:
+        if device != "auto":
+            module.to(_device(device))
+        if dtype != "auto":
+            module.to(_dtype(dtype))
+    except (RuntimeError, ValueError) as error:  # parts on disk, or quantised
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{type(model).__name__} cannot be moved to device {str(device)!r} or dtype "
+            f"{str(dtype)!r} ({one_line(error)}): leave both out, or load it so"
+        ) from error
     return model.eval(), tokenizer, model.config._name_or_path or type(model).__name__
 
 
@@ -72,6 +91,8 @@ def _from_pretrained(place: str, name: str, dtype: Any) -> tuple[Any, Any]:
         raise not_found(name, error) from error
     except OSError as error:
         raise not_found(name, error) from error
+    except (ImportError, RuntimeError) as error:  # such as a package for quantised weights
+        raise UnsupportedModelError(f"{name} cannot be loaded here: {one_line(error)}") from error
     return model, tokenizer
 
 
