@@ -6,6 +6,7 @@ makes a few; a thousand take about half an hour).
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import signal
@@ -68,7 +69,8 @@ def vectors(texts: Any) -> np.ndarray:
 def opened(path: Path, engine: KVLinkEngine) -> KVIndex:
     from kvlink_rag.index.index import KVIndex
 
-    return KVIndex.open(path, engine, embeddings=vectors)
+    # raw: answers are compared with those from caches that were never stored
+    return KVIndex.open(path, engine, embeddings=vectors, codec="raw")
 
 
 def chunk_of(id: str, version: int) -> Chunk:
@@ -145,10 +147,16 @@ class Worker:
             finally:
                 os._exit(1)
 
+    def end(self) -> None:
+        """Kill it, if it was not."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
     def kill(self) -> list[str]:
         """What it has said."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        self.end()
         lines = self.said.read_text().splitlines()
         assert not any("WRONG" in line or "FAILED" in line for line in lines), "\n".join(lines)
         self.said.unlink()
@@ -218,6 +226,8 @@ def main(path: Path, kills: int) -> None:
     wanted: Wanted = {}
     counts = {"answers": 0, "deleted": 0}
     workers = [Worker(path, engine, number, number) for number in range(WORKERS)]
+    # an error here must not leave them: they would hold the output open for ever
+    atexit.register(lambda: [worker.end() for worker in workers])
     for kill in range(kills):
         victim = chance.randrange(WORKERS)
         started = time.monotonic()
