@@ -13,6 +13,7 @@ import pytest
 
 from kvlink_rag import Chunk, KVLinkEngine
 from kvlink_rag.runners.transformers.models import DEFAULT_MODEL
+from kvlink_rag.store import open_store
 
 pytestmark = [
     pytest.mark.model,
@@ -69,23 +70,26 @@ print(json.dumps([used, reports[0].bytes_read, [r.misses for r in reports]]))
 """.replace("QUESTIONS", str(QUESTIONS))
 
 
+TEXTS = [f"Report {n}. " + f"The number {n} comes before {n + 1}. " * 40 for n in range(10)]
+"""Of about 400 tokens."""
+
+
 @pytest.fixture(scope="module")
-def indexed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
-    """A store with ten chunks of about 400 tokens, and their texts."""
-    store = str(tmp_path_factory.mktemp("store"))
-    texts = [f"Report {n}. " + f"The number {n} comes before {n + 1}. " * 40 for n in range(10)]
-    KVLinkEngine.from_pretrained(DEFAULT_MODEL, store=store).index(
-        [Chunk(text) for text in texts], progress=False
-    )
-    return store, texts
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A store of each codec with the texts' caches."""
+    stores = {codec: str(tmp_path_factory.mktemp(codec)) for codec in ("raw", "int8")}
+    engine = KVLinkEngine.from_pretrained(DEFAULT_MODEL)
+    for codec, store in stores.items():
+        twin = engine.with_store(open_store(store, codec=codec))
+        twin.index([Chunk(text) for text in TEXTS], progress=False)
+    return stores
 
 
-def measured(indexed: tuple[str, list[str]], how: str, in_float32: bool) -> tuple[float, Any]:
-    """Peak memory in units of the context's cache, and the misses."""
-    store, texts = indexed
+def measured(store: str, how: str, in_float32: bool) -> tuple[float, Any]:
+    """Peak memory in units of the context's cache as it is stored, and the misses."""
     child = subprocess.run(
         [sys.executable, "-c", CHILD],
-        input=json.dumps([DEFAULT_MODEL, store, texts, how, in_float32]),
+        input=json.dumps([DEFAULT_MODEL, store, TEXTS, how, in_float32]),
         capture_output=True,
         text=True,
         check=False,
@@ -99,13 +103,21 @@ def measured(indexed: tuple[str, list[str]], how: str, in_float32: bool) -> tupl
 
 @pytest.mark.parametrize("in_float32", [False, True], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("how", "questions", "most"),
-    [("one", 1, 1.3), ("threads", QUESTIONS, 2), ("batch", QUESTIONS, 2)],
+    ("codec", "how", "questions", "most"),
+    [
+        ("raw", "one", 1, 1.3),
+        ("raw", "threads", QUESTIONS, 2),
+        ("raw", "batch", QUESTIONS, 2),
+        # of half the bytes: what questions have of their own weighs twice as much
+        ("int8", "one", 1, 1.5),
+        ("int8", "threads", QUESTIONS, 3.2),
+        ("int8", "batch", QUESTIONS, 3.2),
+    ],
 )
 def test_caches_are_held_once(
-    indexed: tuple[str, list[str]], how: str, questions: int, most: float, in_float32: bool
+    indexed: dict[str, str], codec: str, how: str, questions: int, most: float, in_float32: bool
 ) -> None:
-    times, misses = measured(indexed, how, in_float32)
+    times, misses = measured(indexed[codec], how, in_float32)
     assert misses == [0] * questions
     assert 0.9 < times <= most
 
