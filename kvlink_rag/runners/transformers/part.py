@@ -97,9 +97,7 @@ class Part:
     def readable(self) -> bool:
         """Whether kernels can read it: its number type, and rows that lie one after another."""
         return all(
-            each.dtype in (*DTYPES, torch.uint8)
-            and each.stride(3) == 1
-            and each.stride(2) == each.shape[3]
+            each.dtype in DTYPES and each.stride(3) == 1 and each.stride(2) == each.shape[3]
             for each in (self.keys, self.values)
         )
 
